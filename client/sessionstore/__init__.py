@@ -1,0 +1,80 @@
+"""sessionstore: durable conversation sessions for agents.
+
+    from sessionstore import SessionStore
+
+    with SessionStore() as store:
+        session = store.session("telegram:42")
+        session.append({"role": "user", "content": "hi"})
+
+Names are loaded on first use, so that ``sessionstore.codec`` alone loads neither the client nor grpc.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sessionstore._types import (
+        REMOVE,
+        Appended,
+        Head,
+        Message,
+        ServerInfo,
+        ServerLimits,
+        Unseen,
+        Written,
+    )
+    from sessionstore.aio import AsyncSessionHandle, AsyncSessionStore
+    from sessionstore.client import SessionHandle, SessionStore
+    from sessionstore.errors import (
+        AlreadyExistsError,
+        CallExpiredError,
+        ConflictError,
+        DataLossError,
+        DeadlineExceededError,
+        InternalError,
+        InvalidArgumentError,
+        LimitError,
+        NotFoundError,
+        OutcomeUnknownError,
+        SessionStoreError,
+        StorageFullError,
+        TooLargeError,
+        UnavailableError,
+    )
+
+_TYPES = ("REMOVE", "Appended", "Head", "Message", "ServerInfo", "ServerLimits", "Unseen", "Written")
+_ERRORS = (
+    "AlreadyExistsError", "CallExpiredError", "ConflictError", "DataLossError", "DeadlineExceededError",
+    "InternalError", "InvalidArgumentError", "LimitError", "NotFoundError", "OutcomeUnknownError",
+    "SessionStoreError", "StorageFullError", "TooLargeError", "UnavailableError",
+)  # fmt: skip
+_HOMES = {
+    **dict.fromkeys(_TYPES, "sessionstore._types"),
+    **dict.fromkeys(_ERRORS, "sessionstore.errors"),
+    "AsyncSessionHandle": "sessionstore.aio",
+    "AsyncSessionStore": "sessionstore.aio",
+    "SessionHandle": "sessionstore.client",
+    "SessionStore": "sessionstore.client",
+}
+
+__all__ = [
+    "REMOVE", "AlreadyExistsError", "Appended", "AsyncSessionHandle", "AsyncSessionStore",
+    "CallExpiredError", "ConflictError", "DataLossError", "DeadlineExceededError", "Head", "InternalError",
+    "InvalidArgumentError", "LimitError", "Message", "NotFoundError", "OutcomeUnknownError", "ServerInfo",
+    "ServerLimits", "SessionHandle", "SessionStore", "SessionStoreError", "StorageFullError",
+    "TooLargeError", "UnavailableError", "Unseen", "Written", "__version__",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("sessionstore")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'sessionstore' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
