@@ -1,0 +1,155 @@
+"""The Engine protocol: what a store of sessions must do, whatever it keeps them in.
+
+An engine takes groups of requests, decides each with `rules` inside its own transaction, and answers only
+what is durable at its level. It is asynchronous, and nothing here assumes that all writers share one memory.
+Engines never import grpc: they raise `Refused`, and the service turns that into a status.
+
+Engines are chosen by name; `engine.open` knows them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from sessionstored.rules import Head, Mutation, Outcome, Refusal
+from sessionstored.windows import Call
+
+
+class Refused(Exception):
+    """A read or a whole submission was refused; `refusal` says why."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
+
+
+class StartError(Exception):
+    """The daemon cannot start. The message is for its operator: what, where, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A mutation with what makes it safe to repeat."""
+
+    mutation: Mutation
+    call: Call | None = None
+    request_id: str = ""
+    digest: bytes = b""
+    """A digest of the content, the call identity left out; needed if there is a call or a request_id."""
+    deadline_s: float | None = None
+    """On time.monotonic(): a request that is not decided by then is refused, and certainly not applied."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What one request got. `replayed` tells that it is the first answer of an earlier copy."""
+
+    outcome: Outcome
+    replayed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A head and some of its messages, of one and the same revision."""
+
+    head: Head
+    start: int
+    lines: Sequence[bytes]
+    """One JSON object each, without line end; messages[start : start + len(lines)]."""
+
+    @property
+    def next(self) -> int:
+        """The index after the last message given."""
+        return self.start + len(self.lines)
+
+
+class Order(Enum):
+    """The order of a listing."""
+
+    KEY = "key"
+    KEY_DESC = "key desc"
+    UPDATE_TIME = "update_time"
+    UPDATE_TIME_DESC = "update_time desc"
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One page of a listing.
+
+    Keys order by their UTF-8 bytes; ties of update_time by key, in the same direction.
+    """
+
+    prefix: str = ""
+    order: Order = Order.KEY
+    page_size: int = 100
+    after: tuple[int, str] | None = None
+    """(update_time_us, key) of the last head of the page before; None begins."""
+    updated_since_us: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Heads in the order asked for, at most page_size, and whether there are more."""
+
+    heads: Sequence[Head]
+    more: bool
+
+
+class Engine(Protocol):
+    """A store of sessions."""
+
+    name: str
+    """"jsonl" or "memory"."""
+    durability: str
+    """What an acknowledgement survives: "fsync", "os" or "none"."""
+    store_id: str
+
+    async def submit(self, requests: Sequence[Request]) -> list[Reply]:
+        """Decide requests in their order, and answer each once it is durable.
+
+        A refused one leaves the others alone. Requests of other submissions may be decided in between, but
+        never between two mutations of the same group commit.
+
+        Raises:
+            Refused: OVERLOADED, STORAGE_FULL or SHUTTING_DOWN (nothing of it was stored), OUTCOME_UNKNOWN
+                (storage failed during the commit), DATA_LOSS never: that is a member's own outcome.
+
+        """
+        ...
+
+    async def read(self, key: str, select: Callable[[Head], tuple[int, int]], max_bytes: int) -> Slice:
+        """Read a head and the messages [start, stop) that `select` picks from the head, all of one revision.
+
+        Args:
+            key: the session.
+            select: pure and quick; gets the head, returns 0 <= start <= stop <= head.message_count.
+                It may raise Refused. It may be called more than once, on another thread.
+            max_bytes: stop after so many bytes of messages, line ends included; one message is given at
+                the least.
+
+        Raises:
+            Refused: SESSION_NOT_FOUND, DATA_LOSS.
+
+        """
+        ...
+
+    async def list(self, query: Query) -> Page:
+        """One page of heads. A session that does not change during a listing is listed exactly once."""
+        ...
+
+    async def count(self) -> int:
+        """How many sessions there are."""
+        ...
+
+    def announce(self, addresses: Sequence[str]) -> None:
+        """Tell whoever tries to open the same store where it is served. Called once, after binding."""
+        ...
+
+    async def failed(self) -> str:
+        """Wait until storage has failed for good, and say how: the daemon then ends. Else never return."""
+        ...
+
+    async def close(self) -> None:
+        """Finish what was taken, make everything durable, release the store; refuse what comes later."""
+        ...

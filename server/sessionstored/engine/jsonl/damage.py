@@ -1,0 +1,108 @@
+"""What becomes of a session whose file is not what it was: adopted anew if no change waited, else condemned.
+
+A condemned session answers DATA_LOSS until its file is edited again or it is deleted. Nothing of it is thrown
+away: the file stays as it is, and what the journal has beyond it goes to quarantine. For the committer.
+"""
+
+import json
+import logging
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from sessionstored.engine import Refused
+from sessionstored.engine.jsonl.adoption import Unadoptable, adopt
+from sessionstored.engine.jsonl.files import FileChanged
+from sessionstored.engine.jsonl.journal import Entry
+from sessionstored.engine.jsonl.records import SessionRecord, read_row
+from sessionstored.engine.jsonl.state import State, data_loss
+from sessionstored.rules import Refusal
+
+if TYPE_CHECKING:
+    from sessionstored.engine.jsonl.vault import Vault
+
+log = logging.getLogger(__name__)
+
+_ATTEMPTS = 20
+
+
+def adopt_again(vault: "Vault", entry: Entry) -> Entry:
+    """Adopt a clean file that somebody else changed. For the committer's thread."""
+    for _ in range(_ATTEMPTS):
+        try:
+            adopted, notes = adopt(vault.files, entry.file, vault.next_revision(), entry.head.key)
+        except FileNotFoundError:
+            return entry  # gone meanwhile: whoever loads it says so
+        except Unadoptable as unreadable:
+            raise Refused(data_loss(entry.head.key, entry.file, 0, str(unreadable))) from unreadable
+        except FileChanged:
+            continue
+        adopted.generation = entry.generation
+        _mark_shortened(adopted, entry)
+        log.warning(
+            "sessions/%s was changed by somebody else: adopted anew, %d messages %s",
+            entry.file,
+            adopted.head.message_count,
+            "; ".join(notes),
+        )
+        vault.journal.put_entries([adopted])
+        vault.journal.put_meta(revision=vault.revision)
+        return adopted
+    raise Refused(data_loss(entry.head.key, entry.file, 0, "somebody else keeps changing the file"))
+
+
+def _mark_shortened(adopted: Entry, entry: Entry) -> None:
+    """A file that lost messages is marked as damaged; one that lost everything is not served."""
+    before, after = entry.head.message_count, adopted.head.message_count
+    if after >= before or entry.bad_line:
+        return
+    detail = f"somebody else shortened the file from {before} to {after} messages"
+    adopted.head = replace(adopted.head, damage=adopted.head.damage or detail)
+    if adopted.size == 0:
+        adopted.bad_line = -1
+
+
+def condemn(vault: "Vault", state: State, refusal: Refusal) -> bool:
+    """Serve a damaged session no longer. What the journal has for it goes to quarantine.
+
+    Returns False if the disk is too full for that: the session stays as it is, to be tried again.
+    """
+    assert state.head is not None
+    name = state.file.name
+    pending = _journalled(vault, state)
+    try:
+        if pending:
+            vault.files.set_aside(name, pending, "pending")
+        stat = os.stat(vault.files.sessions / name)
+        fingerprint = stat.st_size, stat.st_ino, stat.st_mtime_ns
+    except FileNotFoundError:
+        fingerprint = 0, 0, 0
+    except OSError as error:
+        if not vault.is_full(error):
+            raise
+        return False
+    log.error("%s", refusal.message)
+    entry = state.entry()
+    entry.head = replace(entry.head, damage=refusal.metadata["detail"])
+    entry.bad_line = -1
+    entry.size, entry.inode, entry.mtime_ns = fingerprint  # edited after this, it is adopted anew
+    vault.journal.put_entries([entry])
+    vault.files.forget(name)
+    with vault.lock:
+        state.bad, state.head = refusal, entry.head
+        state.file.size, state.file.inode, state.file.mtime_ns = fingerprint
+        vault.clean(state)
+    return True
+
+
+def _journalled(vault: "Vault", state: State) -> bytes:
+    """The messages that the journal has for a session beyond its catalogue row, as JSONL."""
+    known = vault.journal.entry(state.key)
+    floor = known.head.revision if known and known.file == state.file.name else 0
+    lines: list[bytes] = []
+    named = json.dumps(state.key, ensure_ascii=False).encode()  # as a record spells it
+    for _, _, body, whole in vault.journal.rows():
+        for record in read_row(body) if whole and named in body else ():
+            if isinstance(record, SessionRecord) and record.head.key == state.key:
+                lines += record.lines if record.head.revision > floor else ()
+    return b"".join(line + b"\n" for line in lines)

@@ -1,0 +1,61 @@
+"""The lowest seam: every change and every flush of a session file goes through a `Disk`.
+
+It exists so that tests can fail, cut or reorder any single step. It knows paths and bytes, nothing of
+sessions.
+"""
+
+import os
+from pathlib import Path
+
+
+class Disk:
+    """The real disk."""
+
+    def open_append(self, path: Path) -> int:
+        """Open a file for appending and reading, creating it with mode 0600."""
+        return os.open(
+            path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600
+        )
+
+    def create(self, path: Path) -> int:
+        """Create or empty a file of mode 0600."""
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+    def write(self, fd: int, data: bytes) -> int:
+        """Write, perhaps less than asked for; returns how many bytes."""
+        return os.write(fd, data)
+
+    def flush(self, fd: int) -> None:
+        """Make a file's bytes durable."""
+        os.fsync(fd)
+
+    def flush_directory(self, path: Path) -> None:
+        """Make a directory's names durable."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def truncate(self, fd: int, length: int) -> None:
+        """Cut a file to `length` bytes."""
+        os.ftruncate(fd, length)
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Give a file another name, replacing what has it."""
+        os.rename(old, new)
+
+    def unlink(self, path: Path) -> None:
+        """Remove a name."""
+        os.unlink(path)
+
+    def free_bytes(self, path: Path) -> int:
+        """How many bytes an unprivileged writer could still use."""
+        stat = os.statvfs(path)
+        return stat.f_bavail * stat.f_frsize
+
+    def write_all(self, fd: int, data: bytes) -> None:
+        """Write everything, or raise OSError with a part of it written."""
+        view = memoryview(data)
+        while view:
+            view = view[self.write(fd, view[: 1 << 20].tobytes() if len(view) > 1 << 20 else bytes(view)) :]

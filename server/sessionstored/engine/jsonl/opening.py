@@ -1,0 +1,126 @@
+"""Opening a data directory: STORE and journal together say whether anything is lost; then recovery."""
+
+import resource
+from dataclasses import replace
+
+import apsw
+
+from sessionstored.engine import StartError
+from sessionstored.engine.jsonl.disk import Disk
+from sessionstored.engine.jsonl.files import FULL, SessionFiles
+from sessionstored.engine.jsonl.journal import FormatError, Journal
+from sessionstored.engine.jsonl.recovery import Recovery
+from sessionstored.engine.jsonl.store import Directory, StoreFile, new_store, with_ceiling
+from sessionstored.engine.jsonl.vault import Vault
+from sessionstored.rules import Limits
+
+
+def open_vault(
+    directory: Directory,
+    *,
+    durability: str,
+    limits: Limits,
+    cache_bytes_max: int,
+    hot_sessions_max: int,
+    accept_loss: bool,
+    disk: Disk,
+    vfs: str | None,
+) -> Vault:
+    """Open STORE and journal, and recover.
+
+    Raises:
+        StartError: something is lost, damaged or in the way.
+
+    """
+    try:
+        store = directory.read_store()
+        journal = _open_journal(directory, store, durability, accept_loss, vfs)
+        try:
+            return _recovered(
+                directory, store, journal, limits, cache_bytes_max, hot_sessions_max, accept_loss, disk
+            )
+        except BaseException:
+            journal.close()
+            raise
+    except (apsw.Error, OSError) as error:
+        raise start_error(directory, error) from error
+
+
+def start_error(directory: Directory, error: apsw.Error | OSError) -> StartError:
+    """What to tell the operator of a failure at the start."""
+    if isinstance(error, apsw.FullError) or (isinstance(error, OSError) and error.errno in FULL):
+        return StartError(f"the disk of {directory.path} is full: make room, then start again")
+    if isinstance(error, apsw.Error):
+        return StartError(
+            f"{directory.journal} cannot be used: {error}: restore it from a backup, or move it away "
+            "and start with --accept-loss"
+        )
+    return StartError(f"{directory.path} cannot be used: {error}")
+
+
+def _open_journal(
+    directory: Directory, store: StoreFile | None, durability: str, accept_loss: bool, vfs: str | None
+) -> Journal:
+    """The journal, if it is this store's, and there if it has to be."""
+    lost = store is not None and not (directory.journal.exists() and directory.journal.stat().st_size)
+    if lost:
+        _refuse_loss(directory, store, accept_loss)
+    try:
+        journal = Journal(directory.journal, durability, vfs)
+    except FormatError as error:
+        raise StartError(f"{error}: use the sessionstored that wrote it") from error
+    known_id = journal.meta().get("store_id")
+    try:
+        if store is not None and known_id is None and not lost:
+            _refuse_loss(directory, store, accept_loss)  # somebody emptied it
+        if store is not None and known_id not in (None, store.store_id):
+            raise StartError(
+                f"{directory.journal} belongs to store {known_id}, but STORE says {store.store_id}: "
+                "restore both from one backup"
+            )
+    except StartError:
+        journal.close()
+        raise
+    return journal
+
+
+def _refuse_loss(directory: Directory, store: StoreFile | None, accept_loss: bool) -> None:
+    """A lost journal can be rebuilt from the files after a clean stop; else what it had is gone."""
+    if store is not None and not store.clean and not accept_loss:
+        raise StartError(
+            f"{directory.journal} is missing or empty, and the last daemon did not stop cleanly: "
+            "acknowledged changes may be lost; restore it, or start with --accept-loss to go on with "
+            "the session files"
+        )
+
+
+def _recovered(
+    directory: Directory,
+    store: StoreFile | None,
+    journal: Journal,
+    limits: Limits,
+    cache_bytes_max: int,
+    hot_sessions_max: int,
+    accept_loss: bool,
+    disk: Disk,
+) -> Vault:
+    known_id = journal.meta().get("store_id")
+    rebuilt = store is not None and known_id is None
+    if store is None:
+        store = new_store() if known_id is None else replace(new_store(), store_id=str(known_id))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = SessionFiles(directory.sessions, directory.quarantine, disk, max(16, min(512, soft // 4)))
+    vault = Vault(directory, store, journal, files, disk, limits, cache_bytes_max, hot_sessions_max)
+    try:
+        vault.revision = store.revision_ceiling if rebuilt else 0
+        journal.put_meta(store_id=store.store_id, **({"revision": vault.revision} if rebuilt else {}))
+        if not journal.wal_checkpoint():
+            raise StartError(f"another process reads {directory.journal}: end it, then start again")
+        if store.clean:
+            vault.write_store(replace(store, clean=False))
+        Recovery(vault, accept_loss).run()
+        vault.write_store(with_ceiling(replace(vault.store, clean=False), vault.revision))
+    except BaseException:
+        vault.close()
+        raise
+    return vault

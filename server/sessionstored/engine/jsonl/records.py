@@ -1,0 +1,245 @@
+"""What a journal row holds: the records of one group of mutations, as bytes. Pure.
+
+A record is one line of JSON, an array whose first element names its kind, followed by as many raw bytes as it
+says:
+
+    ["s", key, revision, rewrite_revision, start, delete_count, message_count, last_consolidated,
+          create_time_us, update_time_us, lines, bytes, extra]   a change of a session, then its lines
+    ["d", key, revision, file, marks, aside]                     a session is gone, and this file
+    ["c", client_id, sequence, answered_through, digest, outcome]  a call's answer
+    ["q", key, request_id, digest, outcome]                      a request_id's answer
+
+`marks` are pairs [length, digest]; `extra` is an object: "metadata" (JSON text) if it differs from before,
+"file" (its name) if the session is new. The row carries a CRC-32 over all of it.
+"""
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from zlib import crc32
+
+from sessionstored.engine.jsonl.blocks import Mark
+from sessionstored.rules import Answer, Head, Outcome, Refusal
+from sessionstored.windows import Remembered
+
+
+class DamagedRow(ValueError):
+    """A journal row is not what was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRecord:
+    """A change of a session: messages[start : start + delete_count] = lines, and the head afterwards."""
+
+    head: Head
+    start: int
+    delete_count: int
+    lines: list[bytes]
+    file: str = ""
+    """The file name, if the session is new."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteRecord:
+    """A session is gone, and with it its file: the tombstone of both."""
+
+    key: str
+    revision: int
+    file: str = ""
+    """Empty: there was none."""
+    marks: tuple[Mark, ...] = ()
+    """What the file began with: in the end, and when it was last made durable."""
+    aside: bool = False
+    """The file was damaged: it goes to quarantine."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallRecord:
+    """A call's answer."""
+
+    client_id: str
+    sequence: int
+    answered_through: int
+    remembered: Remembered
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """A request_id's answer."""
+
+    key: str
+    request_id: str
+    remembered: Remembered
+
+
+Record = SessionRecord | DeleteRecord | CallRecord | RequestRecord
+
+
+@dataclass(slots=True)
+class Row:
+    """One group in the making."""
+
+    parts: list[bytes] = field(default_factory=list)
+    last_revision: int = 0
+    size: int = 0
+
+    def add(self, head: object, payload: bytes = b"") -> None:
+        """Add one record."""
+        line = _dumps(head).encode()
+        self.parts += (line, b"\n", payload)
+        self.size += len(line) + 1 + len(payload)
+
+    def change(
+        self, head: Head, start: int, delete_count: int, lines: list[bytes], extra: dict[str, str]
+    ) -> None:
+        """Add a change of a session."""
+        payload = b"".join([line + b"\n" for line in lines])
+        self.add(
+            [
+                "s",
+                head.key,
+                head.revision,
+                head.rewrite_revision,
+                start,
+                delete_count,
+                head.message_count,
+                head.last_consolidated,
+                head.create_time_us,
+                head.update_time_us,
+                len(lines),
+                len(payload),
+                extra,
+            ],
+            payload,
+        )
+        self.last_revision = head.revision
+
+    def delete(self, record: DeleteRecord) -> None:
+        """Add that a session is gone."""
+        self.add(["d", record.key, record.revision, record.file, record.marks, record.aside])
+        self.last_revision = record.revision
+
+    def call(self, record: CallRecord) -> None:
+        """Add a call's answer."""
+        kept = record.remembered
+        self.add(
+            [
+                "c",
+                record.client_id,
+                record.sequence,
+                record.answered_through,
+                kept.digest.hex(),
+                outcome_to_json(kept.outcome),
+            ]
+        )
+
+    def request(self, record: RequestRecord) -> None:
+        """Add a request_id's answer."""
+        kept = record.remembered
+        self.add(["q", record.key, record.request_id, kept.digest.hex(), outcome_to_json(kept.outcome)])
+
+    def body(self) -> bytes:
+        """The row's bytes."""
+        return b"".join(self.parts)
+
+
+_dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def checksum(row_id: int, last_revision: int, clock_s: float, body: bytes) -> int:
+    """A row's checksum, over everything that it says."""
+    return crc32(body, crc32(struct.pack("<qqd", row_id, last_revision, clock_s)))
+
+
+def read_row(body: bytes) -> Iterator[Record]:
+    """The records of a row, in order.
+
+    Args:
+        body: the row's bytes, their checksum already verified.
+
+    A head has empty metadata where the record does not change it.
+
+    """
+    position = 0
+    while position < len(body):
+        end = body.index(b"\n", position)
+        fields = json.loads(body[position:end])
+        position = end + 1
+        match fields:
+            case [
+                "s",
+                key,
+                revision,
+                rewrite,
+                start,
+                deleted,
+                count,
+                consolidated,
+                created,
+                updated,
+                n,
+                size,
+                extra,
+            ]:
+                payload = body[position : position + size]
+                position += size
+                lines = payload.split(b"\n")[:-1]
+                if len(lines) != n:
+                    raise DamagedRow(f"a record of {key!r} holds {len(lines)} messages, not {n}")
+                metadata = extra.get("metadata", "").encode()
+                head = Head(key, revision, rewrite, count, consolidated, metadata, created, updated)
+                yield SessionRecord(head, start, deleted, lines, extra.get("file", ""))
+            case ["d", key, revision, file, marks, aside]:
+                yield DeleteRecord(key, revision, file, tuple(map(tuple, marks)), aside)
+            case ["c", client_id, sequence, answered_through, digest, outcome]:
+                kept = Remembered(bytes.fromhex(digest), outcome_from_json(outcome))
+                yield CallRecord(client_id, sequence, answered_through, kept)
+            case ["q", key, request_id, digest, outcome]:
+                yield RequestRecord(
+                    key, request_id, Remembered(bytes.fromhex(digest), outcome_from_json(outcome))
+                )
+            case _:
+                raise DamagedRow(f"an unknown record begins with {body[position - 40 : position]!r}")
+
+
+def outcome_to_json(outcome: Outcome) -> list[object]:
+    """An outcome as a JSON array."""
+    if isinstance(outcome, Refusal):
+        return [outcome.reason, outcome.message, outcome.metadata]
+    message = None if outcome.message is None else outcome.message.decode()
+    return [
+        outcome.revision,
+        outcome.previous_revision,
+        outcome.message_count,
+        outcome.last_consolidated,
+        outcome.update_time_us,
+        outcome.first_index,
+        message,
+    ]
+
+
+def outcome_from_json(fields: list[object]) -> Outcome:
+    """An outcome from its JSON array."""
+    match fields:
+        case [str() as reason, str() as message, dict() as metadata]:
+            return Refusal(reason, message, metadata)
+        case [
+            int() as revision,
+            int() as before,
+            int() as count,
+            int() as consolidated,
+            int() as updated,
+            int() as first,
+            str() | None as message,
+        ]:
+            return Answer(
+                revision,
+                before,
+                count,
+                consolidated,
+                updated,
+                first,
+                None if message is None else message.encode(),
+            )
+    raise DamagedRow(f"not an outcome: {fields!r}")

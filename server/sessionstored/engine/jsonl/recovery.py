@@ -1,0 +1,356 @@
+"""Opening a directory: what was left by the last daemon, by its crash, and by others.
+
+In this order: finish or drop files written under temporary names; replay the journal's rows into states, over
+what the catalogue says each file had at its last checkpoint; make each touched file end where the catalogue
+says (what was beyond, and is neither ours nor replayed, goes to quarantine); adopt files that nobody knows.
+The first maintenance round then writes and flushes everything anew, before anybody is served: after an
+unclean stop nothing is believed to be on disk only because it can be read.
+"""
+
+import logging
+import os
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+from sessionstored.engine import StartError
+from sessionstored.engine.jsonl.adoption import Unadoptable, adopt
+from sessionstored.engine.jsonl.blocks import begins_with
+from sessionstored.engine.jsonl.damage import condemn
+from sessionstored.engine.jsonl.files import FileChanged
+from sessionstored.engine.jsonl.journal import Entry
+from sessionstored.engine.jsonl.names import SUFFIX, file_name, is_temporary_name, temporary_name
+from sessionstored.engine.jsonl.records import (
+    CallRecord,
+    DamagedRow,
+    DeleteRecord,
+    Record,
+    RequestRecord,
+    SessionRecord,
+    read_row,
+)
+from sessionstored.engine.jsonl.state import Draft, File, State, data_loss, state_of_entry
+from sessionstored.engine.jsonl.text import header_line
+from sessionstored.engine.jsonl.vault import Vault
+from sessionstored.rules import Change, Head
+
+log = logging.getLogger(__name__)
+
+_ENTRIES_PER_TRANSACTION = 500
+
+
+class Recovery:
+    """One opening."""
+
+    def __init__(self, vault: Vault, accept_loss: bool) -> None:
+        self._vault, self._accept_loss = vault, accept_loss
+        self._states: dict[str, State] = {}
+        self._known: dict[str, int] = {}
+        """Key -> the revision that its catalogue row has; 0 if it has none."""
+        self._touched: dict[str, State] = {}
+        """The sessions that the journal changes beyond their catalogue rows; the others are clean."""
+        self._written: defaultdict[str, set[bytes]] = defaultdict(set)
+        """Key -> every line that the journal ever put into its file."""
+        self._heads: defaultdict[str, list[Head]] = defaultdict(list)
+        """Key -> every head that the journal gave it: what header lines may say."""
+        self._files: set[str] = set()
+        """The files that sessions have."""
+        self._tombstones: list[DeleteRecord] = []
+        self._rows = 0
+
+    def run(self) -> None:
+        """Recover. Raises StartError if the journal is damaged."""
+        vault = self._vault
+        meta = vault.journal.meta()
+        vault.revision = max(int(str(meta.get("revision", 0))), vault.revision)
+        vault.set_clock(float(str(meta.get("clock_s", 0.0))))
+        self._finish_temporaries()
+        self._replay()
+        self._files = self._files_in_use()
+        vault.session_count = vault.journal.count()
+        for state in self._touched.values():
+            self._reconcile(state)
+        for record in self._tombstones:
+            self._bury(record)
+        self._adopt_unknown()
+        vault.journal.put_meta(revision=vault.revision)
+        if self._rows:
+            vault.files.names_changed = True  # what the last daemon renamed or removed may not be durable
+            log.info("recovered %d journal rows, %d sessions", self._rows, len(self._touched))
+
+    def _files_in_use(self) -> set[str]:
+        """The files of living sessions, as the replay left them."""
+        names = {file for key, file, _ in self._vault.journal.files() if key not in self._touched}
+        names.update(state.file.name for state in self._touched.values() if state.head is not None)
+        return names
+
+    # Temporary names.
+
+    def _finish_temporaries(self) -> None:
+        """Rename what the catalogue names; remove what it does not."""
+        files = self._vault.files
+        found = {name for name in os.listdir(files.sessions) if is_temporary_name(name)}
+        if not found:
+            return
+        for _, file, generation in list(self._vault.journal.files()):
+            name = temporary_name(file, generation)
+            if name in found:
+                found.remove(name)
+                files.install_generation(file, generation)
+        for name in sorted(found):
+            files.disk.unlink(files.sessions / name)
+
+    # The journal.
+
+    def _replay(self) -> None:
+        vault = self._vault
+        for row_id, clock_s, body, whole in vault.journal.rows():
+            vault.row_id = row_id
+            vault.backlog_bytes += len(body)
+            self._rows += 1
+            if clock_s > vault.clock_s():
+                vault.set_clock(clock_s)
+            try:
+                if not whole:
+                    raise DamagedRow("its checksum is wrong")
+                records = list(read_row(body))
+            except (DamagedRow, ValueError) as error:
+                if not self._accept_loss:
+                    raise StartError(
+                        f"row {row_id} of {vault.directory.journal} is damaged ({error}): "
+                        "acknowledged changes are lost; restore a backup, "
+                        "or start with --accept-loss to go on without them"
+                    ) from error
+                aside = vault.files.set_aside("journal.db", body, f"row{row_id}")
+                log.error("row %d of the journal is damaged: set aside in quarantine/%s", row_id, aside)
+                continue
+            for record in records:
+                self._apply(record, clock_s)
+
+    def _apply(self, record: Record, clock_s: float) -> None:
+        vault = self._vault
+        match record:
+            case SessionRecord():
+                self._change(record)
+            case DeleteRecord():
+                self._delete(record)
+            case CallRecord():
+                vault.windows.replay_call(record, clock_s)
+            case RequestRecord():
+                vault.windows.replay_request(record, clock_s)
+
+    def _state(self, key: str) -> State:
+        """The state of a key as the replay has it so far."""
+        state = self._states.get(key)
+        if state is None:
+            entry = self._vault.journal.entry(key)
+            self._known[key] = entry.head.revision if entry else 0
+            state = State(key, File("")) if entry is None else state_of_entry(entry)
+            self._states[key] = state
+        return state
+
+    def _change(self, record: SessionRecord) -> None:
+        head, vault = record.head, self._vault
+        state = self._state(head.key)
+        vault.revision = max(vault.revision, head.revision)
+        self._written[head.key].update(record.lines)
+        if not head.metadata and state.head is not None:
+            head = replace(head, metadata=state.head.metadata)
+        self._heads[head.key].append(head)
+        if head.revision <= max(self._known[head.key], state.head.revision if state.head else 0):
+            return
+        if record.file:  # it begins anew, whatever the catalogue still says
+            state.reset(record.file)
+            self._touched[head.key] = state
+        self._touch(state)
+        if state.head is None and not record.file:
+            data = b"".join(line + b"\n" for line in record.lines)
+            aside = vault.files.set_aside(file_name(head.key), data, "orphaned")
+            log.error("session %r lost its beginning: a change is in quarantine/%s", head.key, aside)
+            return
+        end = record.start + record.delete_count
+        if end > state.count or state.count - record.delete_count + len(record.lines) != head.message_count:
+            state.bad = state.bad or data_loss(head.key, state.file.name, 0, "changes before are lost")
+        if state.bad is not None:
+            state.head = head  # what the journal has goes to quarantine
+            return
+        draft = Draft(state, state.head, state.count)
+        suffix = vault.lines(state, end, state.count) if record.start < state.count else ()
+        draft.change(Change(head, record.start, record.delete_count, record.lines), suffix)
+        state.apply(draft.keep, draft.added, head)
+
+    def _touch(self, state: State) -> None:
+        """A session changes beyond its catalogue row: its file must still begin with what that says."""
+        if state.key in self._touched:
+            return
+        self._touched[state.key] = state
+        if state.head is None or state.bad is not None:
+            return
+        files, file = self._vault.files, state.file
+        try:
+            fd = os.open(files.sessions / file.name, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError)
+            detail = "the file is missing" if missing else f"it cannot be opened: {error}"
+            state.bad = data_loss(state.key, file.name, 0, detail)
+            return
+        try:
+            stat = os.fstat(fd)
+            file.inode = stat.st_ino
+            if stat.st_size < file.blocks.length:
+                state.bad = data_loss(state.key, file.name, 0, "the file is shorter than it was")
+            elif not files.prefix_is_whole(fd, file.blocks):
+                detail = "the file was changed by somebody else, or damaged, while changes waited for it"
+                state.bad = data_loss(state.key, file.name, 0, detail)
+        finally:
+            os.close(fd)
+
+    def _delete(self, record: DeleteRecord) -> None:
+        vault = self._vault
+        if record.file:
+            self._tombstones.append(record)
+        vault.revision = max(vault.revision, record.revision)
+        state = self._state(record.key)
+        if record.revision > self._known[record.key] and state.head is not None:
+            state.reset(record.file or state.file.name, record.revision)
+            self._touched[record.key] = state
+
+    # Files.
+
+    def _reconcile(self, state: State) -> None:
+        """Make a touched session's file end where the catalogue says, and hand the state over."""
+        vault, files, file = self._vault, self._vault.files, state.file
+        vault.session_count += (state.head is not None) - bool(self._known[state.key])
+        state.dirty = True
+        with vault.lock:
+            vault.cached(state, state.cached_bytes)
+        if state.head is None:
+            return
+        if state.bad is not None:
+            if not condemn(vault, state, state.bad):
+                raise StartError(f"the disk of {vault.directory.path} is full: make room")
+            return
+        beyond = read_from(files.sessions / file.name, file.blocks.length)
+        if beyond and not self._is_ours(state.key, file.name, beyond):
+            files.set_aside(file.name, beyond, "foreign")
+        file.torn_write = True  # whatever is beyond is ours, or in quarantine by now
+        if not file.exists:
+            files.remove(file.name)
+        elif beyond:
+            files.check(state)
+
+    def _is_ours(self, key: str, name: str, data: bytes) -> bool:
+        """Whether the journal has all that these bytes say, after what a deleted session's file had."""
+        for record in self._tombstones:
+            if record.file == name:
+                data = data[_known_length(record, data) :]
+        written = self._written[key] | {header_line(head)[:-1] for head in self._heads[key]}
+        *lines, rest = data.split(b"\n")
+        if any(line and line not in written for line in lines):
+            return False
+        return not rest or any(line.startswith(rest) for line in written)
+
+    def _bury(self, record: DeleteRecord) -> None:
+        """Remove the file of a deleted session, unless a session has that name again."""
+        files = self._vault.files
+        if record.file in self._files or not (files.sessions / record.file).exists():
+            return
+        if record.aside:
+            return files.put_away(record.file, record.revision)
+        data = read_from(files.sessions / record.file, 0)
+        known = _known_length(record, data)
+        rest = data[known:]
+        if rest and not self._is_ours(record.key, record.file, rest):
+            if not known:
+                log.warning("sessions/%s was changed after its session was deleted: adopted", record.file)
+                return None
+            files.set_aside(record.file, rest, "foreign")
+        return files.remove(record.file)
+
+    # Adoption.
+
+    def _adopt_unknown(self) -> None:
+        """Take in the files that neither catalogue nor journal know, reading each once."""
+        vault = self._vault
+        names = sorted(
+            entry.name
+            for entry in os.scandir(vault.files.sessions)
+            if entry.name.endswith(SUFFIX)
+            and entry.name not in self._files
+            and entry.is_file(follow_symlinks=False)
+        )
+        adopted: dict[str, Entry] = {}
+        for name in names:
+            entry = self._adopt(name)
+            if entry is None or self._claimed(entry, adopted):
+                continue
+            adopted[entry.head.key] = entry
+            if len(adopted) == _ENTRIES_PER_TRANSACTION:
+                self._put(adopted)
+        self._put(adopted)
+
+    def _adopt(self, name: str) -> Entry | None:
+        vault = self._vault
+        try:
+            name.encode()
+            entry, notes = adopt(vault.files, name, vault.next_revision())
+        except (UnicodeEncodeError, Unadoptable, OSError, FileChanged) as error:
+            log.error("sessions/%r is left alone: %r", name, error)
+            return None
+        for note in notes:
+            log.warning("sessions/%s: %s", name, note)
+        log.info(
+            "adopted sessions/%s: session %r, %d messages", name, entry.head.key, entry.head.message_count
+        )
+        return entry
+
+    def _claimed(self, entry: Entry, adopted: dict[str, Entry]) -> bool:
+        """Whether another file claims the same key; both are named, and neither is served."""
+        vault, key = self._vault, entry.head.key
+        state = self._touched.get(key)
+        owner = adopted.get(key) or vault.journal.entry(key)
+        if key not in adopted and state is not None and state.head is None:
+            with vault.lock:  # a deleted session's key begins anew with this file
+                vault.clean(state)
+                vault.forget(state)
+            del self._touched[key]
+            return False
+        other = state.file.name if state is not None else owner.file if owner is not None else ""
+        if not other:
+            return False
+        missing = not (vault.files.sessions / other).exists()
+        if missing and state is None and owner is not None and owner.bad_line >= 0:
+            log.warning("sessions/%s was renamed to %s", other, entry.file)
+            entry.generation = owner.generation + 1
+            vault.session_count -= 1
+            return False
+        vault.claims.setdefault(key, [other]).append(entry.file)
+        refusal = vault.claimed(key)
+        assert refusal is not None
+        log.error("%s", refusal.message)
+        if state is not None:
+            with vault.lock:
+                state.claimed = refusal
+        return True
+
+    def _put(self, adopted: dict[str, Entry]) -> None:
+        vault = self._vault
+        vault.journal.put_entries(adopted.values())
+        vault.journal.put_meta(revision=vault.revision)
+        vault.session_count += len(adopted)
+        adopted.clear()
+
+
+def read_from(path: Path, offset: int) -> bytes:
+    """A file's bytes from an offset on; none if there is no such file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read()
+    except FileNotFoundError:
+        return b""
+
+
+def _known_length(record: DeleteRecord, data: bytes) -> int:
+    """How much of a file's bytes are those that a tombstone speaks of."""
+    return max((mark[0] for mark in record.marks if begins_with(data, mark)), default=0)

@@ -1,0 +1,141 @@
+"""The directory itself: STORE (which format, whose, how it was left) and LOCK (who owns it now).
+
+STORE is replaced as a whole, flushed and renamed. LOCK is held with flock for as long as the daemon lives; it
+names the owner's process and addresses, so that a second daemon can say whom it met, and the SDK can find the
+daemon of a directory.
+"""
+
+import fcntl
+import json
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from sessionstored.engine import StartError
+
+FORMAT = 1
+REVISIONS_RESERVED = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFile:
+    """What STORE says."""
+
+    store_id: str
+    clean: bool = False
+    """Whether the last daemon stopped with everything in the session files."""
+    revision_ceiling: int = 0
+    """No revision above this was ever given out."""
+    format: int = FORMAT
+    oldest_reader: int = FORMAT
+    """The oldest format version whose readers understand this directory."""
+
+
+class Directory:
+    """An owned data directory."""
+
+    def __init__(self, path: Path) -> None:
+        """Create what is missing, and take the lock.
+
+        Raises:
+            StartError: it cannot be written, or another daemon owns it.
+
+        """
+        self.path = path
+        self.sessions = path / "sessions"
+        self.quarantine = path / "quarantine"
+        self.journal = path / "journal.db"
+        try:
+            for folder in (path, self.sessions, self.quarantine):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(path / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StartError(
+                f"cannot use the data directory {path}: {error.strerror}: make it writable for this user, "
+                "or name another with --data"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.pread(self._lock, 65536, 0).decode(errors="replace")
+            os.close(self._lock)
+            raise StartError(
+                f"{path} is owned by another daemon ({_describe(owner)}): use that one, stop it, "
+                "or name another directory with --data"
+            ) from error
+        self.announce([])
+
+    def announce(self, addresses: Sequence[str]) -> None:
+        """Write the owner's process id and addresses into LOCK."""
+        text = json.dumps({"pid": os.getpid(), "addresses": list(addresses)}).encode() + b"\n"
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, text, 0)
+
+    def read_store(self) -> StoreFile | None:
+        """What STORE says; None if there is none.
+
+        Raises:
+            StartError: it is of a newer format, or unreadable.
+
+        """
+        file = self.path / "STORE"
+        try:
+            fields = json.loads(file.read_bytes())
+            store = StoreFile(
+                **{
+                    name: fields[name]
+                    for name in ("store_id", "clean", "revision_ceiling", "format", "oldest_reader")
+                }
+            )
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise StartError(f"{file} cannot be read ({error!r}): restore it from a backup") from error
+        if store.oldest_reader > FORMAT:
+            raise StartError(
+                f"{self.path} has format {store.format}, which this version (format {FORMAT}) cannot read: "
+                "use a newer sessionstored"
+            )
+        return store
+
+    def write_store(self, store: StoreFile) -> None:
+        """Replace STORE, durably."""
+        temporary = self.path / ".STORE.tmp"
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, json.dumps(asdict(store)).encode() + b"\n")
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(temporary, self.path / "STORE")
+        folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def close(self) -> None:
+        """Release the lock. LOCK stays, empty: two daemons could lock two files of that name."""
+        os.ftruncate(self._lock, 0)
+        os.close(self._lock)
+
+
+def new_store() -> StoreFile:
+    """A new store's STORE."""
+    return StoreFile(store_id=str(uuid.uuid4()))
+
+
+def with_ceiling(store: StoreFile, revision: int) -> StoreFile:
+    """The store with revisions reserved beyond `revision`."""
+    return replace(store, revision_ceiling=revision + REVISIONS_RESERVED)
+
+
+def _describe(owner: str) -> str:
+    try:
+        fields = json.loads(owner)
+        addresses = ", ".join(fields["addresses"]) or "not listening yet"
+        return f"process {fields['pid']}, {addresses}"
+    except (ValueError, KeyError, TypeError):
+        return "which is just starting"

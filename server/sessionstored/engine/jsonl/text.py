@@ -1,0 +1,147 @@
+"""The text of a session file: header lines and message lines, read and written. Pure: bytes in, values out.
+
+The format is the seed's own: one JSON object per line; a line with `_type` "metadata" is a header: key,
+times, metadata and last_consolidated; every other line is a message. A header may stand anywhere, and the
+last one wins. Blank lines, CR LF line ends and a byte order mark are accepted. Times carry their offset;
+naive ones are local.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from sessionstored.engine.jsonl.blocks import Blocks
+from sessionstored.rules import EMPTY_METADATA, Head, split_members
+
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(slots=True)
+class Scan:
+    """What a whole file says."""
+
+    blocks: Blocks = field(default_factory=Blocks)
+    """Of the readable part: its length is where a torn last line begins, or the file's size."""
+    message_count: int = 0
+    superseded_bytes: int = 0
+    """The size of the headers that a later one replaces."""
+    header: dict[str, object] | None = None
+    header_text: bytes = b""
+    bad_line: int = 0
+    """Number of the first unreadable line that is not the last one; 0 if there is none."""
+    torn: bytes = b""
+    """An unreadable last line."""
+
+
+def header_line(head: Head) -> bytes:
+    """The header of a session, with its line end."""
+    fields = {
+        "_type": "metadata",
+        "key": head.key,
+        "created_at": _iso(head.create_time_us),
+        "updated_at": _iso(head.update_time_us),
+    }
+    text = json.dumps(fields, ensure_ascii=False).encode()
+    return text[:-1] + b', "metadata": %b, "last_consolidated": %d}\n' % (
+        head.metadata,
+        head.last_consolidated,
+    )
+
+
+def parse_line(line: bytes) -> dict[str, object] | None:
+    """A line's JSON object; None if it is not one."""
+    try:
+        value = json.loads(line.decode())  # bytes might be taken for UTF-16
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def is_header(line: bytes) -> bool:
+    """Whether a readable line is a header."""
+    if b"_type" not in line and b"\\u" not in line:
+        return False
+    value = parse_line(line)
+    return value is not None and value.get("_type") == "metadata"
+
+
+def message_lines(data: bytes) -> list[bytes]:
+    """The message lines in a run of whole lines, stripped of white space."""
+    lines = (line.strip() for line in data.removeprefix(BOM).split(b"\n"))
+    return [line for line in lines if line and not is_header(line)]
+
+
+def scan(data: bytes) -> Scan:
+    """Read a whole file, naming what cannot be read."""
+    result = Scan()
+    starts: list[int] = []
+    bad: tuple[int, int] | None = None  # number and offset of the first unreadable line
+    position = number = header_bytes = 0
+    while position < len(data):
+        end = data.find(b"\n", position) + 1 or len(data)
+        number += 1
+        line = data[position:end]
+        if position == 0:
+            line = line.removeprefix(BOM)
+        line = line.strip()
+        if line:
+            if bad is not None:
+                result.bad_line = bad[0]
+            value = parse_line(line)
+            if value is None:
+                bad = bad or (number, position)
+            elif value.get("_type") == "metadata":
+                result.header, result.header_text = value, line
+                result.superseded_bytes += header_bytes
+                header_bytes = end - position
+            else:
+                starts.append(position)
+        position = end
+    if bad is not None and not result.bad_line:
+        result.torn, data = data[bad[1] :], data[: bad[1]]
+    result.blocks.extend(data, starts)
+    result.message_count = len(starts)
+    return result
+
+
+def adopted_head(
+    scan: Scan, key: str, revision: int, mtime_us: int, damage: str
+) -> tuple[Head, Sequence[str]]:
+    """The head that a scanned file gives, and what in its header had to fall back (for the log)."""
+    header = scan.header or {}
+    notes: list[str] = []
+    text = EMPTY_METADATA
+    if isinstance(header.get("metadata"), dict):
+        text = split_members(scan.header_text)["metadata"]  # as it stands there: numbers keep their form
+    elif header.get("metadata") is not None:
+        notes.append("metadata is not an object: read as {}")
+    consolidated = header.get("last_consolidated", 0)
+    if type(consolidated) is not int or not 0 <= consolidated <= scan.message_count:
+        notes.append(f"last_consolidated {consolidated!r} is out of range: read as 0")
+        consolidated = 0
+    created = _time_us(header.get("created_at"))
+    updated = _time_us(header.get("updated_at"))
+    if scan.header is not None and (created is None or updated is None):
+        notes.append("a time in the header cannot be read: the file's own is taken")
+    updated = mtime_us if updated is None else updated
+    created = min(mtime_us if created is None else created, updated)
+    return Head(
+        key, revision, revision, scan.message_count, consolidated, text, created, updated, damage
+    ), notes
+
+
+def _iso(time_us: int) -> str:
+    seconds, micros = divmod(time_us, 1_000_000)
+    return datetime.fromtimestamp(seconds, UTC).replace(microsecond=micros).isoformat()
+
+
+def _time_us(text: object) -> int | None:
+    """Microseconds since the epoch of an ISO time; a naive one is local."""
+    if not isinstance(text, str):
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+        return round(moment.timestamp() * 1_000_000)
+    except (ValueError, OverflowError, OSError):
+        return None

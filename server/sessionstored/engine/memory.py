@@ -1,0 +1,189 @@
+"""The memory engine: the simplest store that keeps the contract, but for durability.
+
+It is the oracle of the conformance suite and of the history checker, and a store for tests of one's own code.
+Nothing survives the process. Everything happens in one step on the event loop, so nothing here waits or
+locks.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Sequence
+
+from sessionstored.engine import Order, Page, Query, Refused, Reply, Request, Slice
+from sessionstored.engine.settle import expired_in_queue, settle
+from sessionstored.rules import DEFAULT_LIMITS, Change, Fork, Head, Limits, Refusal, not_found
+from sessionstored.windows import CallWindow, Remembered
+
+
+class MemoryEngine:
+    """Sessions in a dict."""
+
+    name = "memory"
+    durability = "none"
+
+    def __init__(
+        self,
+        limits: Limits = DEFAULT_LIMITS,
+        *,
+        wall_ns: Callable[[], int] = time.time_ns,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Make an empty store.
+
+        Args:
+            limits: the bounds in force.
+            wall_ns: the clock that dates sessions, nanoseconds since the epoch; it may jump.
+            clock_s: the clock that ages windows, in seconds; it never jumps.
+
+        """
+        self.store_id = str(uuid.uuid4())
+        self._limits = limits
+        self._wall_ns = wall_ns
+        self._clock_s = clock_s
+        self._heads: dict[str, Head] = {}
+        self._lines: dict[str, list[bytes]] = {}
+        self._windows: dict[str, CallWindow] = {}
+        # Both in the order of last contact, so that what is too old is found at the front.
+        self._requests: dict[str, dict[str, tuple[float, Remembered]]] = {}
+        self._revision = 0
+        self._closed = False
+
+    async def submit(self, requests: Sequence[Request]) -> list[Reply]:
+        """Decide and apply requests in order."""
+        if self._closed:
+            raise Refused(Refusal("SHUTTING_DOWN", "the daemon is stopping; nothing was stored"))
+        return [self._apply(request) for request in requests]
+
+    def _apply(self, request: Request) -> Reply:
+        late = request.deadline_s is not None and time.monotonic() > request.deadline_s
+        settled = settle(
+            request,
+            self,
+            revision=self._revision + 1,
+            now_us=self._wall_ns() // 1000,
+            clock_s=self._clock_s(),
+            limits=self._limits,
+            obstacle=expired_in_queue() if late else None,
+        )
+        if settled.change is not None:
+            self._revision += 1
+            self._store(request, settled.change)
+        self._forget()
+        return settled.reply
+
+    def _store(self, request: Request, change: Change) -> None:
+        key = request.mutation.key
+        if change.head is None:
+            del self._heads[key], self._lines[key]
+            return
+        self._heads[key] = change.head
+        lines = self._lines.setdefault(key, [])
+        lines[change.start : change.start + change.delete_count] = change.messages
+        if isinstance(request.mutation, Fork):
+            lines[:] = self._lines[request.mutation.source_key][: change.head.message_count]
+
+    def _forget(self) -> None:
+        """Drop what is too old: windows of silent clients, and request_ids, those of deleted sessions too."""
+        now = self._clock_s()
+        while self._windows:
+            client_id = next(iter(self._windows))
+            if not self._windows[client_id].expired(now, self._limits):
+                break
+            del self._windows[client_id]
+        while self._requests:
+            key = next(iter(self._requests))
+            newest, _ = self._requests[key][next(reversed(self._requests[key]))]
+            if now - newest < self._limits.window_age_max_s:
+                break
+            del self._requests[key]
+
+    # The view that `settle` decides against.
+
+    def head(self, key: str, damaged: bool = False) -> Head | None:
+        """The session's head."""
+        return self._heads.get(key)
+
+    def last_message(self, key: str) -> bytes:
+        """The session's last message."""
+        return self._lines[key][-1]
+
+    def call_window(self, client_id: str) -> CallWindow:
+        """The client's window, moved to the end of the order of contact."""
+        window = self._windows.pop(client_id, None) or CallWindow(last_contact_s=self._clock_s())
+        self._windows[client_id] = window
+        return window
+
+    def remembered(self, key: str, request_id: str) -> Remembered | None:
+        """What is remembered under a request_id of a session, unless it is too old."""
+        found = self._requests.get(key, {}).get(request_id)
+        if found is None or self._clock_s() - found[0] >= self._limits.window_age_max_s:
+            return None
+        return found[1]
+
+    def remember(self, key: str, request_id: str, remembered: Remembered) -> None:
+        """Remember an answer, and forget the oldest beyond the limit."""
+        known = self._requests.pop(key, {})
+        self._requests[key] = known
+        known.pop(request_id, None)
+        known[request_id] = (self._clock_s(), remembered)
+        while len(known) > self._limits.window_request_ids_max:
+            del known[next(iter(known))]
+
+    # Reads.
+
+    async def read(self, key: str, select: Callable[[Head], tuple[int, int]], max_bytes: int) -> Slice:
+        """Read a head and some of its messages."""
+        head = self._heads.get(key)
+        if head is None:
+            raise Refused(not_found(key))
+        start, stop = select(head)
+        lines: list[bytes] = []
+        size = 0
+        for line in self._lines[key][start:stop]:
+            size += len(line) + 1
+            if lines and size > max_bytes:
+                break
+            lines.append(line)
+        return Slice(head, start, lines)
+
+    async def list(self, query: Query) -> Page:
+        """One page of heads."""
+        by_time = query.order in (Order.UPDATE_TIME, Order.UPDATE_TIME_DESC)
+        backwards = query.order in (Order.KEY_DESC, Order.UPDATE_TIME_DESC)
+
+        def position(update_time_us: int, key: str) -> tuple[int, bytes]:
+            return (update_time_us if by_time else 0, key.encode())
+
+        heads = [
+            head
+            for head in self._heads.values()
+            if head.key.startswith(query.prefix)
+            and (query.updated_since_us is None or head.update_time_us >= query.updated_since_us)
+        ]
+        heads.sort(key=lambda head: position(head.update_time_us, head.key), reverse=backwards)
+        if query.after is not None:
+            after = position(*query.after)
+            heads = [
+                head
+                for head in heads
+                if (position(head.update_time_us, head.key) > after) != backwards
+                and position(head.update_time_us, head.key) != after
+            ]
+        return Page(heads[: query.page_size], len(heads) > query.page_size)
+
+    async def count(self) -> int:
+        """How many sessions there are."""
+        return len(self._heads)
+
+    def announce(self, addresses: Sequence[str]) -> None:
+        """Nobody else can open this store."""
+
+    async def failed(self) -> str:
+        """Never returns: memory does not fail without the process."""
+        await asyncio.Event().wait()
+        raise AssertionError("unreachable")
+
+    async def close(self) -> None:
+        """Refuse what comes later."""
+        self._closed = True
