@@ -1,0 +1,195 @@
+"""What every call passes through: the bound, the drain, and the one place where errors become statuses.
+
+A `Refused` that is raised anywhere in a handler becomes its status. Anything else is a defect: the caller
+gets INTERNAL with an incident number and no details, and the log gets the trace under the same number.
+Cancellation passes.
+"""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+import grpc
+from google.protobuf.message import Message
+
+from sessionstored import status
+from sessionstored.engine import Refused
+from sessionstored.rules import Refusal
+
+Context = grpc.aio.ServicerContext[Message, Message]
+if TYPE_CHECKING:
+    Handler = grpc.RpcMethodHandler[Any, Any]  # generic in its stubs only
+Unary = Callable[[Message, Context], Awaitable[Message]]
+Stream = Callable[[Message, Context], AsyncIterator[Message]]
+
+# gRPC cancels the calls that reach a server while it stops; these wait for their number to go down.
+_QUIET_S = 0.05
+_QUIET_S_MAX = 0.5
+
+_log = logging.getLogger(__name__)
+
+
+class Calls(grpc.aio.ServerInterceptor):
+    """Guards the handlers of one service, and knows how many of its calls are under way."""
+
+    def __init__(self, service: str, *, bytes_max: int) -> None:
+        """Guard the service of that full name.
+
+        Requests, and blocks that are being sent, may hold at most `bytes_max` bytes together.
+        """
+        self._prefix = f"/{service}/"
+        self._bytes_max = bytes_max
+        self._bytes = 0
+        self._count = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._guarded: dict[str, Handler] = {}
+        self._refused = 0
+        self.draining = False
+
+    async def drain(self, timeout_s: float) -> int:
+        """Refuse new calls from now on, and wait for those under way.
+
+        Returns how many are still under way after the timeout.
+        """
+        self.draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            return self._count
+        await self._quiet()
+        return 0
+
+    async def _quiet(self) -> None:
+        """Wait until no call came for a moment, so that clients hear why, and not a cancelled stream."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + _QUIET_S_MAX
+        while loop.time() < end:
+            refused = self._refused
+            await asyncio.sleep(_QUIET_S)
+            if refused == self._refused:
+                return
+
+    async def intercept_service(
+        self,
+        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]",
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "Handler | None":
+        """Give the guarded handler of a method; those of other services pass as they are."""
+        method = str(handler_call_details.method)
+        if not method.startswith(self._prefix):
+            return await continuation(handler_call_details)
+        guarded = self._guarded.get(method)
+        if guarded is None:
+            handler = await continuation(handler_call_details)
+            if handler is None:  # an unknown method; grpc answers UNIMPLEMENTED
+                return handler
+            guarded = self._guarded[method] = self._guard(method, handler)
+        return guarded
+
+    def _guard(self, method: str, handler: "Handler") -> "Handler":
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(
+                self._unary(method, cast(Unary, handler.unary_unary)),
+                request_deserializer=handler.request_deserializer,
+                response_serializer=handler.response_serializer,
+            )
+        return grpc.unary_stream_rpc_method_handler(
+            self._stream(method, cast(Stream, handler.unary_stream)),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    def _unary(self, method: str, behaviour: Unary) -> Unary:
+        async def guarded(request: Message, context: Context) -> Message:
+            try:
+                with self._under_way(request.ByteSize()):
+                    return await behaviour(request, context)
+            except Exception as error:
+                refusal = _refusal(error, method)
+                if context.done():  # the caller went away, and nobody hears why
+                    raise asyncio.CancelledError from error
+                await _abort(context, refusal)
+
+        return guarded
+
+    def _stream(self, method: str, behaviour: Stream) -> Stream:
+        async def guarded(request: Message, context: Context) -> AsyncIterator[Message]:
+            try:
+                with self._under_way(request.ByteSize()):
+                    begun = False
+                    async for reply in behaviour(request, context):
+                        if begun:
+                            self._check_draining()
+                        with self._held(reply.ByteSize()):
+                            yield reply
+                        begun = True
+            except Exception as error:
+                if context.done():  # the caller went away: sending failed, and nobody hears why
+                    return
+                await _abort(context, _refusal(error, method))
+
+        return guarded
+
+    @contextmanager
+    def _under_way(self, size: int) -> Iterator[None]:
+        self._check_draining()
+        with self._held(size):
+            self._count += 1
+            self._idle.clear()
+            try:
+                yield
+            finally:
+                self._count -= 1
+                if not self._count:
+                    self._idle.set()
+
+    @contextmanager
+    def _held(self, size: int) -> Iterator[None]:
+        """Bytes of a request being served, or of a block on its way to a reader who may be slow."""
+        if self._bytes and self._bytes + size > self._bytes_max:
+            raise Refused(
+                Refusal(
+                    "OVERLOADED",
+                    f"calls under way hold more than {self._bytes_max} bytes; try again later",
+                    {"limit": str(self._bytes_max)},
+                )
+            )
+        self._bytes += size
+        try:
+            yield
+        finally:
+            self._bytes -= size
+
+    def _check_draining(self) -> None:
+        if self.draining:
+            self._refused += 1
+            raise Refused(
+                Refusal("SHUTTING_DOWN", "the daemon is stopping; nothing was stored; try again")
+            )
+
+
+def _refusal(error: Exception, method: str) -> Refusal:
+    """What the caller is told about an exception."""
+    if isinstance(error, Refused):
+        return error.refusal
+    incident = uuid.uuid4().hex[:12]
+    _log.error("incident %s in %s", incident, method, exc_info=error)
+    return Refusal(
+        "INTERNAL",
+        f"a defect of the daemon; its log tells more about incident {incident}",
+        {"incident": incident},
+    )
+
+
+async def _abort(context: Context, refusal: Refusal) -> NoReturn:
+    details = status.to_status(refusal)
+    await context.abort(
+        status.code(refusal),
+        details.message,
+        ((status.DETAILS_KEY, details.SerializeToString()),),
+    )
+    raise AssertionError("abort raises")
