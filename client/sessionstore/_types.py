@@ -1,0 +1,122 @@
+"""What calls return: frozen values without any way back to the daemon. No I/O, no grpc, no protobuf."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import Enum
+from typing import Any, Final, Literal
+
+# A message or a session's metadata is one JSON object. What its members are is the caller's own business.
+Message = dict[str, Any]
+MessageInput = Mapping[str, object]
+
+OrderBy = Literal["key", "key desc", "update_time", "update_time desc"]
+
+
+class Remove(Enum):
+    """The type of `REMOVE`."""
+
+    REMOVE = "REMOVE"
+
+    def __repr__(self) -> str:
+        return "sessionstore.REMOVE"
+
+
+REMOVE: Final = Remove.REMOVE
+"""As a value in ``update(patch={...})``: remove this member of the metadata."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A session without its messages, at one revision."""
+
+    key: str
+    revision: int
+    """Grows with every change; never reused for this key."""
+    message_count: int
+    last_consolidated: int
+    """How many messages from the front are summarised elsewhere."""
+    metadata: Message
+    create_time: datetime
+    """Aware, UTC."""
+    update_time: datetime
+    """Aware, UTC; never goes back."""
+    damage: str = ""
+    """What could not be read when the session's file was adopted; empty if it was whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a change came to."""
+
+    revision: int
+    """The session's revision after the change. A change that changes nothing keeps the revision."""
+    message_count: int
+    last_consolidated: int
+    update_time: datetime
+    """Aware, UTC."""
+    replayed: bool = False
+    """The change was made by an earlier copy of this call, or under this request_id: its answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """Where appended messages are."""
+
+    revision: int
+    """The session's revision after the append."""
+    first_index: int
+    """The index of the first appended message."""
+    message_count: int
+    """How many messages the session had right after the append."""
+    replayed: bool = False
+    """The append was made by an earlier copy of this call, or under this request_id: its answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unseen:
+    """What a refused writer has not seen.
+
+    ``messages`` are the session's messages from index ``start`` on, at ``revision`` (0 if it does not exist).
+    If ``start`` is 0 although the writer held messages, those were rewritten, and ``messages`` is all
+    there is.
+    """
+
+    revision: int
+    start: int
+    messages: list[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """The bounds in force; each is refused with its own error."""
+
+    key_bytes_max: int
+    message_bytes_max: int
+    message_depth_max: int
+    batch_messages_max: int
+    batch_bytes_max: int
+    metadata_bytes_max: int
+    page_size_max: int
+    request_id_bytes_max: int
+    window_calls_max: int
+    window_bytes_max: int
+    window_request_ids_max: int
+    window_age_max: timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What serves."""
+
+    version: str
+    store_id: str
+    """Identifies the store for its lifetime; a restored copy has another."""
+    engine: str
+    """``jsonl`` or ``memory``."""
+    durability: str
+    """What an acknowledgement survives: ``fsync`` (power loss), ``os`` (kill -9 only) or ``none``."""
+    start_time: datetime
+    """Aware, UTC."""
+    session_count: int
+    limits: ServerLimits

@@ -1,0 +1,191 @@
+"""The async client: `AsyncSessionStore` and `AsyncSessionHandle`. Thin like `client`; its contracts hold.
+
+Names and signatures are those of the sync client, to be awaited; iterators are async iterators, and blocks
+are ``async with``. One store belongs to one event loop and to one process: it may be used by many tasks at
+once, not from another thread's loop, and not after a fork. Cancelling a task during a change does not tell
+whether the change was applied; only `expected_revision` or `request_id` can.
+"""
+
+import threading
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from datetime import datetime
+from types import TracebackType
+from typing import Self
+
+from sessionstore import _operations as ops
+from sessionstore._adriver import AsyncDriver
+from sessionstore._snapshot import Snapshot, absent, joined
+from sessionstore._targets import resolve_targets, resolve_timeout_s
+from sessionstore._types import Appended, Head, Message, MessageInput, OrderBy, ServerInfo, Written
+from sessionstore.session import BaseHandle, EditFunction, load
+
+AsyncHeads = AsyncIterator[Head]
+Messages = list[Message]  # `list` means a method below
+
+
+class AsyncSessionStore:
+    """A session store, reached through its daemon, for one event loop. Arguments as for `SessionStore`."""
+
+    def __init__(self, target: str | None = None, *, timeout: float | None = None) -> None:
+        self._targets = resolve_targets(target)
+        self._driver = AsyncDriver(self._targets, resolve_timeout_s(timeout))
+
+    def __repr__(self) -> str:
+        return f"<AsyncSessionStore {','.join(self._targets)}>"
+
+    async def __aenter__(self) -> Self:
+        self._driver.check()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """As `SessionStore.close`."""
+        await self._driver.close()
+
+    @property
+    def _guard(self) -> threading.Lock:
+        return self._driver.guard
+
+    async def session(self, key: str) -> "AsyncSessionHandle":
+        """As `SessionStore.session`."""
+        return AsyncSessionHandle(self, await self._driver.run(load(key)))
+
+    async def create(
+        self,
+        key: str,
+        messages: Iterable[MessageInput] = (),
+        *,
+        metadata: MessageInput | None = None,
+        last_consolidated: int = 0,
+        create_time: datetime | None = None,
+        request_id: str | None = None,
+    ) -> "AsyncSessionHandle":
+        """As `SessionStore.create`."""
+        return await self._driver.run(
+            ops.create(
+                key, messages, metadata, last_consolidated, create_time, request_id,
+                lambda tail: AsyncSessionHandle(self, joined(absent(key), tail)),
+            )
+        )  # fmt: skip
+
+    async def get(self, key: str) -> Head | None:
+        """As `SessionStore.get`."""
+        return await self._driver.run(ops.head(key))
+
+    def list(
+        self,
+        prefix: str = "",
+        *,
+        order_by: OrderBy = "key",
+        page_size: int = 100,
+        updated_since: datetime | None = None,
+    ) -> AsyncHeads:
+        """As `SessionStore.list`: ``async for head in store.list(...)``."""
+        return self._heads(ops.Listing.begin(prefix, order_by, page_size, updated_since))
+
+    async def _heads(self, listing: ops.Listing) -> AsyncHeads:
+        while listing.more:
+            for head in await self._driver.run(listing.page()):
+                yield head
+
+    async def delete(
+        self, key: str, *, expected_revision: int | None = None, request_id: str | None = None
+    ) -> Written:
+        """As `SessionStore.delete`."""
+        return await self._driver.run(
+            ops.delete(ops.Held(key), expected_revision, request_id, ops.deleted)
+        )
+
+    async def edit(
+        self, key: str, function: EditFunction, *, attempts: int = 100
+    ) -> "AsyncSessionHandle":
+        """As `SessionStore.edit`; `function` is a plain function."""
+        handle = await self.session(key)
+        await self._driver.run(handle._edit(function, attempts))
+        return handle
+
+    async def info(self) -> ServerInfo:
+        """As `SessionStore.info`."""
+        return await self._driver.run(ops.info())
+
+
+class AsyncSessionHandle(BaseHandle):
+    """A session: an immutable snapshot of it, and calls that change it. Contracts as `SessionHandle`'s."""
+
+    def __init__(self, owner: AsyncSessionStore, snapshot: Snapshot) -> None:
+        super().__init__(owner, snapshot)
+        self._run = owner._driver.run
+
+    async def append(
+        self, *messages: MessageInput, expected_revision: int | None = None, request_id: str | None = None
+    ) -> Appended:
+        """As `SessionHandle.append`."""
+        return await self._run(self._append(ops.encode(messages), expected_revision, request_id))
+
+    async def pop(
+        self, *, expected_revision: int | None = None, request_id: str | None = None
+    ) -> Message:
+        """As `SessionHandle.pop`."""
+        return await self._run(self._pop(expected_revision, request_id))
+
+    async def replace(
+        self,
+        start: int,
+        delete_count: int | None,
+        messages: Iterable[MessageInput],
+        *,
+        expected_revision: int | None = None,
+        request_id: str | None = None,
+    ) -> Written:
+        """As `SessionHandle.replace`."""
+        lines = ops.encode(messages)
+        return await self._run(self._replace(start, delete_count, lines, expected_revision, request_id))
+
+    async def clear(
+        self, *, expected_revision: int | None = None, request_id: str | None = None
+    ) -> Written:
+        """As `SessionHandle.clear`."""
+        return await self._run(self._replace(0, None, (), expected_revision, request_id))
+
+    async def update(
+        self,
+        *,
+        metadata: MessageInput | None = None,
+        patch: Mapping[str, object] | None = None,
+        last_consolidated: int | None = None,
+        expected_revision: int | None = None,
+        request_id: str | None = None,
+    ) -> Written:
+        """As `SessionHandle.update`."""
+        return await self._run(
+            self._update(metadata, patch, last_consolidated, expected_revision, request_id)
+        )
+
+    async def fork(
+        self, to: str, at: int | None = None, *, request_id: str | None = None
+    ) -> "AsyncSessionHandle":
+        """As `SessionHandle.fork`."""
+        return await self._run(self._fork(to, at, request_id))
+
+    async def delete(
+        self, *, expected_revision: int | None = None, request_id: str | None = None
+    ) -> Written:
+        """As `SessionHandle.delete`."""
+        return await self._run(self._delete(expected_revision, request_id))
+
+    async def refresh(self) -> Self:
+        """As `SessionHandle.refresh`."""
+        await self._run(self._refresh())
+        return self
+
+    @asynccontextmanager
+    async def edit(self) -> AsyncIterator[Messages]:
+        """As `SessionHandle.edit`: ``async with session.edit() as messages:``."""
+        draft = self._draft()
+        yield draft.messages
+        await self._run(self._write_draft(draft, draft.messages))

@@ -1,0 +1,272 @@
+"""The sync client: `SessionStore` and `SessionHandle`.
+
+Thin: `_operations` and `session` know what, `_driver` waits.
+"""
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from types import TracebackType
+from typing import Self
+
+from sessionstore import _operations as ops
+from sessionstore._driver import Driver
+from sessionstore._snapshot import Snapshot, absent, joined
+from sessionstore._targets import resolve_targets, resolve_timeout_s
+from sessionstore._types import Appended, Head, Message, MessageInput, OrderBy, ServerInfo, Written
+from sessionstore.session import BaseHandle, EditFunction, load
+
+Heads = Iterator[Head]  # `list` means a method below
+
+
+class SessionStore:
+    """A session store, reached through its daemon. Thread-safe; a forked child may go on using it.
+
+    Args:
+        target: ``host:port``, ``[v6]:port`` or ``unix:PATH``, or a comma list of these, tried in turn
+            (all must lead to the same store). None: $SESSIONSTORE_TARGET, else the default socket of this
+            user.
+        timeout: seconds per call to the daemon, connecting and repeating included. None:
+            $SESSIONSTORE_TIMEOUT, else 30. Reading a session of more than 1 MiB is two calls.
+
+    Construction does no I/O. Every call raises UnavailableError if no daemon answers within the timeout,
+    and a change OutcomeUnknownError if it was sent and no answer came.
+
+    """
+
+    def __init__(self, target: str | None = None, *, timeout: float | None = None) -> None:
+        self._targets = resolve_targets(target)
+        self._driver = Driver(self._targets, resolve_timeout_s(timeout))
+
+    def __repr__(self) -> str:
+        return f"<SessionStore {','.join(self._targets)}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Disconnect; what other threads have begun gets five seconds to end. Closing again does nothing.
+
+        What is begun afterwards raises RuntimeError, and nothing is sent; a write that was begun before and
+        is acknowledged returns. A client that is never closed delays no exit.
+        """
+        self._driver.close()
+
+    @property
+    def _guard(self) -> threading.Lock:
+        return self._driver.guard
+
+    def session(self, key: str) -> "SessionHandle":
+        """A handle on a session, with all its messages; creates nothing.
+
+        A session that does not exist gives a handle with revision 0 and no messages. Raises
+        InvalidArgumentError for a malformed key, DataLossError if the session is damaged.
+        """
+        return SessionHandle(self, self._driver.run(load(key)))
+
+    def create(
+        self,
+        key: str,
+        messages: Iterable[MessageInput] = (),
+        *,
+        metadata: MessageInput | None = None,
+        last_consolidated: int = 0,
+        create_time: datetime | None = None,
+        request_id: str | None = None,
+    ) -> "SessionHandle":
+        """Make a session that must not exist yet. Durable when it returns.
+
+        Args:
+            key: 1 to 512 bytes of UTF-8 without control characters.
+            messages: its first messages.
+            metadata: a JSON object, at most 256 KiB.
+            last_consolidated: 0 to the number of messages.
+            create_time: aware; instead of the daemon's clock, for imports.
+            request_id: the caller's own identity of this change; the same again gives the first answer.
+
+        Raises AlreadyExistsError, InvalidArgumentError, TooLargeError, StorageFullError.
+
+        """
+        return self._driver.run(
+            ops.create(
+                key, messages, metadata, last_consolidated, create_time, request_id,
+                lambda tail: SessionHandle(self, joined(absent(key), tail)),
+            )
+        )  # fmt: skip
+
+    def get(self, key: str) -> Head | None:
+        """A session's head, without its messages; None if there is no such session."""
+        return self._driver.run(ops.head(key))
+
+    def list(
+        self,
+        prefix: str = "",
+        *,
+        order_by: OrderBy = "key",
+        page_size: int = 100,
+        updated_since: datetime | None = None,
+    ) -> Heads:
+        """The heads of all sessions, page after page as you go.
+
+        Args:
+            prefix: only keys that begin with it.
+            order_by: ``key``, ``key desc``, ``update_time`` or ``update_time desc``. Keys order by their
+                UTF-8 bytes.
+            page_size: heads per call to the daemon, 1 to 1,000 (0: 100).
+            updated_since: aware; only sessions not last changed before it.
+
+        A session that does not change meanwhile comes exactly once. Raises InvalidArgumentError at once for
+        what cannot be sent, else with the first head.
+
+        """
+        listing = ops.Listing.begin(prefix, order_by, page_size, updated_since)
+        return self._heads(listing)
+
+    def _heads(self, listing: ops.Listing) -> Heads:
+        while listing.more:
+            yield from self._driver.run(listing.page())
+
+    def delete(
+        self, key: str, *, expected_revision: int | None = None, request_id: str | None = None
+    ) -> Written:
+        """Remove a session and its messages. Durable when it returns. Raises NotFoundError, ConflictError."""
+        return self._driver.run(ops.delete(ops.Held(key), expected_revision, request_id, ops.deleted))
+
+    def edit(self, key: str, function: EditFunction, *, attempts: int = 100) -> "SessionHandle":
+        """Change a session's messages with a function, again after each conflict. Durable when it returns.
+
+        `function` gets the messages as a list of its own, and gives the new list, or None if it changed
+        that one in place. It is called again with newer messages if somebody else wrote in between, so it
+        should do nothing else. What it gives is stored only if nobody did. A list that did not change
+        stores nothing.
+
+        Returns a handle on the session as it then is. Raises ConflictError after so many `attempts`.
+        """
+        handle = self.session(key)
+        self._driver.run(handle._edit(function, attempts))
+        return handle
+
+    def info(self) -> ServerInfo:
+        """What serves: version, store, durability, limits."""
+        return self._driver.run(ops.info())
+
+
+class SessionHandle(BaseHandle):
+    """A session: an immutable snapshot of it, and calls that change it. Made by `SessionStore.session`.
+
+    Properties never do I/O. A change is durable when its call returns, and the snapshot then contains it.
+    Every call that changes takes `expected_revision` (only if the session is at this revision, else
+    ConflictError; 0 means that it must not exist) and `request_id` (your own identity of the change, such
+    as a webhook's delivery id, at most 256 bytes: the same change again gives the first answer, other
+    content is refused; for 24 hours or the last 1,000 of the session).
+
+    Thread-safe. All changes may raise InvalidArgumentError, ConflictError, StorageFullError, LimitError,
+    DataLossError, UnavailableError (nothing was stored) and OutcomeUnknownError (use its `retry`).
+    """
+
+    def __init__(self, owner: SessionStore, snapshot: Snapshot) -> None:
+        super().__init__(owner, snapshot)
+        self._run = owner._driver.run
+
+    def append(
+        self, *messages: MessageInput, expected_revision: int | None = None, request_id: str | None = None
+    ) -> Appended:
+        """Add messages at the end, all or nothing; the session is created if it does not exist.
+
+        Every call adds new messages, also if they equal earlier ones. Without `expected_revision` they
+        land in the order in which the daemon took the calls, behind whatever others wrote.
+        """
+        return self._run(self._append(ops.encode(messages), expected_revision, request_id))
+
+    def pop(self, *, expected_revision: int | None = None, request_id: str | None = None) -> Message:
+        """Remove the last message and return it.
+
+        Raises InvalidArgumentError if there is none, NotFoundError if there is no session.
+        """
+        return self._run(self._pop(expected_revision, request_id))
+
+    def replace(
+        self,
+        start: int,
+        delete_count: int | None,
+        messages: Iterable[MessageInput],
+        *,
+        expected_revision: int | None = None,
+        request_id: str | None = None,
+    ) -> Written:
+        """Remove `delete_count` messages (None: all) from index `start` on, and put `messages` there.
+
+        Give `expected_revision` if the indexes come from a snapshot. `last_consolidated` is lowered to
+        the number of messages that remain. Raises InvalidArgumentError if the range is not within the
+        session, NotFoundError.
+        """
+        lines = ops.encode(messages)
+        return self._run(self._replace(start, delete_count, lines, expected_revision, request_id))
+
+    def clear(self, *, expected_revision: int | None = None, request_id: str | None = None) -> Written:
+        """Remove all messages; the session and its metadata stay. Raises NotFoundError."""
+        return self._run(self._replace(0, None, (), expected_revision, request_id))
+
+    def update(
+        self,
+        *,
+        metadata: MessageInput | None = None,
+        patch: Mapping[str, object] | None = None,
+        last_consolidated: int | None = None,
+        expected_revision: int | None = None,
+        request_id: str | None = None,
+    ) -> Written:
+        """Change metadata or `last_consolidated`, or both, in one step.
+
+        Args:
+            metadata: replaces the metadata as a whole.
+            patch: sets these top-level members and leaves the others; `sessionstore.REMOVE` removes one.
+            last_consolidated: 0 to the number of messages.
+            expected_revision: as for every change.
+            request_id: as for every change.
+
+        Raises NotFoundError: appending or `SessionStore.create` makes a session.
+
+        """
+        return self._run(
+            self._update(metadata, patch, last_consolidated, expected_revision, request_id)
+        )
+
+    def fork(self, to: str, at: int | None = None, *, request_id: str | None = None) -> "SessionHandle":
+        """Make a session `to` of the first `at` messages (None: all), with the metadata.
+
+        Returns a handle on it. Should the new session not be readable right after it was made, the handle
+        is at the revision before (0: `exists` is False) until its next write or `refresh`, which raises what
+        is wrong. Raises NotFoundError, AlreadyExistsError, InvalidArgumentError if there are not so many
+        messages.
+        """
+        return self._run(self._fork(to, at, request_id))
+
+    def delete(self, *, expected_revision: int | None = None, request_id: str | None = None) -> Written:
+        """Remove the session. The handle stays usable: appending makes a new session.
+
+        Raises NotFoundError.
+        """
+        return self._run(self._delete(expected_revision, request_id))
+
+    def refresh(self) -> Self:
+        """Bring the snapshot up to date; only what is new is read. Returns the handle itself."""
+        self._run(self._refresh())
+        return self
+
+    @contextmanager
+    def edit(self) -> Iterator[list[Message]]:
+        """The messages as a plain list that is yours; what you made of it is stored at the end of the block.
+
+        Stored only if the session is still at the snapshot's revision; else ConflictError, and nothing
+        was stored (`SessionStore.edit` tries again by itself). An exception in the block stores nothing.
+        """
+        draft = self._draft()
+        yield draft.messages
+        self._run(self._write_draft(draft, draft.messages))

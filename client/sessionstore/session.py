@@ -1,0 +1,382 @@
+"""What a session handle knows, and how its own writes advance it. No I/O, no waiting; shared by both clients.
+
+A handle holds a snapshot: head and messages of one revision. The rules:
+
+* A snapshot is a revision of the session, always: it is never a mix of two.
+* It only moves forward. An answer that is older than the snapshot changes nothing.
+* An own write that came right after the snapshot's revision is applied locally. If others wrote in
+  between, the missing tail (or, after a rewrite, everything) is read, so that the snapshot contains the
+  own write. If that read fails, the write still counts and is returned; the snapshot stays where it was
+  until the next write or refresh.
+* The messages are kept as the lines that the daemon stores, and read into dicts when somebody looks. So a
+  caller who changes a dict of the snapshot against the rules can damage what they see, and never what is
+  stored.
+
+Operations on a handle are generators, as in `_operations`. This module must not know of grpc, threads'
+schedules or event loops; it takes a lock only around plain computation.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Protocol, Self, cast
+
+from google.protobuf.field_mask_pb2 import FieldMask
+
+from sessionstore import _operations as ops
+from sessionstore import codec, history
+from sessionstore._operations import Held, Operation, Tail, pb
+from sessionstore._snapshot import (
+    Effect,
+    EffectOn,
+    Lines,
+    Snapshot,
+    absent,
+    advanced,
+    difference,
+    joined,
+)
+from sessionstore._types import Appended, Head, Message, MessageInput, Remove, Written
+from sessionstore.errors import ConflictError, SessionStoreError, error_for
+from sessionstore.v1 import session_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """The plain list that an edit gives out, and what it was made of."""
+
+    base: Snapshot
+    messages: list[Message]
+
+
+# Gets a list that is its own; gives the new list, or None if it changed that one in place.
+EditFunction = Callable[[list[Message]], Sequence[MessageInput] | None]
+
+
+class Owner(Protocol):
+    """What a handle needs of its client, besides running operations."""
+
+    @property
+    def _guard(self) -> threading.Lock: ...
+
+
+class BaseHandle:
+    """The state of a handle: properties, and operations for the clients to run."""
+
+    def __init__(self, owner: Owner, snapshot: Snapshot) -> None:
+        self._owner = owner
+        self._snapshot = snapshot
+        self._decoded: tuple[Lines, tuple[Message, ...]] = (Lines([], 0), ())
+
+    def __repr__(self) -> str:
+        at = self._snapshot
+        state = f"revision={at.revision}, message_count={at.lines.count}" if at.head else "does not exist"
+        return f"<{type(self).__name__} {self.key!r} {state}>"
+
+    # ------------------------------------------------------------------------------- the snapshot; never I/O
+
+    @property
+    def key(self) -> str:
+        """The session's key."""
+        return self._snapshot.key
+
+    @property
+    def exists(self) -> bool:
+        """Whether the session existed at the snapshot."""
+        return self._snapshot.head is not None
+
+    @property
+    def revision(self) -> int:
+        """The snapshot's revision; 0 if the session does not exist. Use it as `expected_revision`."""
+        return self._snapshot.revision
+
+    @property
+    def head(self) -> Head | None:
+        """Everything but the messages, of one revision; None if the session does not exist."""
+        return self._snapshot.head
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The messages at the snapshot. Read only: what `edit` gives may be changed, these dicts may not."""
+        lines = self._snapshot.lines
+        known, messages = self._decoded
+        if known is not lines:
+            same = known.begins(lines)
+            kept = messages if same else ()
+            messages = (*kept, *map(ops.decode, lines.since(len(kept))))
+            self._decoded = (lines, messages)
+        return messages
+
+    @property
+    def message_count(self) -> int:
+        """How many messages the session has."""
+        return self._snapshot.lines.count
+
+    @property
+    def metadata(self) -> Message:
+        """The session's metadata: a copy that is yours. `update` changes what is stored."""
+        head = self._snapshot.head
+        return deepcopy(head.metadata) if head else {}
+
+    @property
+    def last_consolidated(self) -> int:
+        """How many messages from the front are summarised elsewhere."""
+        head = self._snapshot.head
+        return head.last_consolidated if head else 0
+
+    @property
+    def create_time(self) -> datetime | None:
+        """When the session was created (aware, UTC); None if it does not exist."""
+        head = self._snapshot.head
+        return head.create_time if head else None
+
+    @property
+    def update_time(self) -> datetime | None:
+        """When the session was last changed (aware, UTC); None if it does not exist."""
+        head = self._snapshot.head
+        return head.update_time if head else None
+
+    @property
+    def damage(self) -> str:
+        """What could not be read when the session's file was adopted; empty if it was whole."""
+        head = self._snapshot.head
+        return head.damage if head else ""
+
+    def history(self, max_messages: int = 500) -> list[Message]:
+        """A window of the last messages that is legal to send to a model. No I/O.
+
+        The last `max_messages` messages (0: no limit) after `last_consolidated`, aligned to a user turn,
+        without orphaned tool calls and results; extended back to a user turn rather than empty of one.
+        The entries are copies and yours. Raises InvalidArgumentError if `max_messages` is negative.
+        """
+        if ops.integer("max_messages", max_messages) < 0:
+            metadata = {"field": "max_messages", "value": str(max_messages)}
+            raise error_for("LIMIT_NEGATIVE", f"max_messages must be 0 or more, not {max_messages}", metadata)
+        window = history.history(
+            self.messages, last_consolidated=self.last_consolidated, max_messages=max_messages
+        )
+        return cast("list[Message]", window)
+
+    # ----------------------------------------------------------------------------- moving the snapshot
+
+    def _applied(self, result: session_pb2.WriteResult, effect: EffectOn) -> bool:
+        """Advance by an own change; False if others wrote in between and a read is needed."""
+        with self._owner._guard:
+            before = self._snapshot
+            if result.revision <= before.seen:
+                return True
+            if result.previous_revision != before.revision:
+                return False
+            self._snapshot = advanced(before, result, effect(before))
+            return True
+
+    def _read(self, before: Snapshot, tail: Tail | None) -> None:
+        """Take what a read gave to one who held `before`, unless it is older than what is known by now."""
+        with self._owner._guard:
+            now = self._snapshot
+            if tail is not None and tail.head.revision > now.seen:
+                self._snapshot = joined(before, tail)
+            elif tail is not None and tail.head.revision == now.revision:
+                self._snapshot = replace(now, head=tail.head)
+            elif tail is None and now is before:
+                self._snapshot = absent(self.key, now.seen)
+
+    def _refresh(self) -> Operation[None]:
+        before = self._snapshot
+        tail = yield from ops.read(before.held)
+        self._read(before, tail)
+
+    def _settle(self, result: session_pb2.WriteResult, effect: EffectOn) -> Operation[None]:
+        """Bring the snapshot to a revision that contains an own, acknowledged write."""
+        if self._applied(result, effect):
+            return
+        try:
+            yield from self._refresh()
+        except SessionStoreError:
+            # The write is acknowledged, and raising would deny it. The snapshot is still a true one, only
+            # older, as its revision tells; whatever is wrong with reading, the next refresh raises.
+            return
+
+    # --------------------------------------------------------------------------------------- operations
+
+    def _append(
+        self, lines: Sequence[bytes], expected_revision: int | None, request_id: str | None
+    ) -> Operation[Appended]:
+        request = pb.AppendMessagesRequest(
+            key=self.key,
+            request_id=ops.text("request_id", request_id or ""),
+            expected_revision=ops.optional("expected_revision", expected_revision),
+            messages=codec.join(lines),
+        )
+
+        def finish(reply: pb.AppendMessagesResponse) -> Operation[Appended]:
+            result = reply.result
+            yield from self._settle(result, lambda _: Effect(reply.first_index, 0, lines))
+            return Appended(result.revision, reply.first_index, result.message_count, result.replayed)
+
+        return ops.change(ops.APPEND, request, self._snapshot.held, finish)
+
+    def _replace(
+        self,
+        start: int,
+        delete_count: int | None,
+        lines: Sequence[bytes],
+        expected_revision: int | None,
+        request_id: str | None,
+    ) -> Operation[Written]:
+        request = pb.ReplaceMessagesRequest(
+            key=self.key,
+            request_id=ops.text("request_id", request_id or ""),
+            expected_revision=ops.optional("expected_revision", expected_revision),
+            start=ops.integer("start", start),
+            delete_count=ops.optional("delete_count", delete_count),
+            messages=codec.join(lines),
+        )
+
+        def effect(before: Snapshot) -> Effect:
+            return Effect(start, before.lines.count - start if delete_count is None else delete_count, lines)
+
+        def finish(reply: pb.ReplaceMessagesResponse) -> Operation[Written]:
+            yield from self._settle(reply.result, effect)
+            return ops.written(reply.result)
+
+        return ops.change(ops.REPLACE, request, self._snapshot.held, finish)
+
+    def _pop(self, expected_revision: int | None, request_id: str | None) -> Operation[Message]:
+        request = pb.PopMessageRequest(
+            key=self.key,
+            request_id=ops.text("request_id", request_id or ""),
+            expected_revision=ops.optional("expected_revision", expected_revision),
+        )
+
+        def finish(reply: pb.PopMessageResponse) -> Operation[Message]:
+            yield from self._settle(reply.result, lambda before: Effect(before.lines.count - 1, 1))
+            return ops.decode(reply.message)
+
+        return ops.change(ops.POP, request, self._snapshot.held, finish)
+
+    def _update(
+        self,
+        metadata: MessageInput | None,
+        patch: Mapping[str, object] | None,
+        last_consolidated: int | None,
+        expected_revision: int | None,
+        request_id: str | None,
+    ) -> Operation[Written]:
+        paths, sent = _masked(metadata, patch)
+        if last_consolidated is not None:
+            paths.append("last_consolidated")
+        request = pb.UpdateSessionRequest(
+            key=self.key,
+            request_id=ops.text("request_id", request_id or ""),
+            expected_revision=ops.optional("expected_revision", expected_revision),
+            update_mask=FieldMask(paths=paths),
+            metadata=sent,
+            last_consolidated=ops.integer("last_consolidated", last_consolidated or 0),
+        )
+
+        def effect(before: Snapshot) -> Effect:
+            new = None if metadata is None and patch is None else ops.decode(sent)
+            if patch is not None:
+                new = _patched(before.head.metadata if before.head else {}, patch, new or {})
+            return Effect(before.lines.count, 0, (), new)
+
+        def finish(reply: pb.UpdateSessionResponse) -> Operation[Written]:
+            yield from self._settle(reply.result, effect)
+            return ops.written(reply.result)
+
+        return ops.change(ops.UPDATE, request, self._snapshot.held, finish)
+
+    def _fork(self, to: str, at: int | None, request_id: str | None) -> Operation[Self]:
+        request = pb.ForkSessionRequest(
+            key=ops.text("to", to, "KEY_INVALID"),
+            request_id=ops.text("request_id", request_id or ""),
+            source_key=self.key,
+            at=ops.optional("at", at),
+        )
+
+        def finish(_: pb.ForkSessionResponse) -> Operation[Self]:
+            try:
+                snapshot = yield from load(to)
+            except SessionStoreError:
+                # The fork is acknowledged, and raising would deny it. The reply does not tell of what
+                # revision it is a copy; what is known to be true is that there was no such session before.
+                snapshot = absent(to)
+            return type(self)(self._owner, snapshot)
+
+        return ops.change(ops.FORK, request, self._snapshot.held, finish)
+
+    def _delete(self, expected_revision: int | None, request_id: str | None) -> Operation[Written]:
+        def finish(reply: pb.DeleteSessionResponse) -> Operation[Written]:
+            with self._owner._guard:
+                if reply.result.revision > self._snapshot.seen:
+                    self._snapshot = absent(self.key, reply.result.revision)
+            return ops.done(ops.written(reply.result))
+
+        return ops.delete(self._snapshot.held, expected_revision, request_id, finish)
+
+    # -------------------------------------------------------------------------------------------- edit
+
+    def _draft(self) -> Draft:
+        base = self._snapshot
+        return Draft(base, [ops.decode(line) for line in base.lines.since(0)])
+
+    def _write_draft(self, draft: Draft, edited: Sequence[MessageInput]) -> Operation[None]:
+        """Store an edited list, if it differs and if the session is still what it was made of."""
+        found = difference(draft.base.lines.since(0), edited)
+        if found is None:
+            return
+        start, delete_count, lines = found
+        expected = draft.base.revision
+        if start == draft.base.lines.count:
+            yield from self._append(lines, expected, None)
+        else:
+            yield from self._replace(start, delete_count, lines, expected, None)
+
+    def _edit(self, function: EditFunction, attempts: int) -> Operation[None]:
+        """Edit with a function, again after each conflict."""
+        if ops.integer("attempts", attempts) < 1:
+            raise ops.invalid("attempts", "must be 1 or more")
+        for left in reversed(range(attempts)):
+            draft = self._draft()
+            edited = function(draft.messages)
+            try:
+                yield from self._write_draft(
+                    draft, draft.messages if edited is None else ops.sequence("function", edited)
+                )
+                return
+            except ConflictError:
+                if not left:
+                    raise
+            yield from self._refresh()
+
+
+def load(key: str) -> Operation[Snapshot]:
+    """Read a session."""
+    tail = yield from ops.read(Held(key))
+    return absent(key) if tail is None else joined(absent(key), tail)
+
+
+def _masked(
+    metadata: MessageInput | None, patch: Mapping[str, object] | None
+) -> tuple[list[str], bytes]:
+    """The mask paths and the JSON text of an update of metadata."""
+    if metadata is not None and patch is not None:
+        raise ops.invalid("patch", "and metadata exclude each other: one sets members, one replaces all")
+    if metadata is not None:
+        return ["metadata"], ops.metadata_bytes(metadata)
+    if patch is None:
+        return [], b""
+    if not isinstance(patch, Mapping):
+        raise ops.invalid("patch", f"must be a dict, not {type(patch).__name__}")
+    sent = {name: value for name, value in patch.items() if not isinstance(value, Remove)}
+    stored = ops.metadata_bytes(sent)
+    return [f"metadata.{ops.text('patch', name)}" for name in patch], stored
+
+
+def _patched(before: Message, patch: Mapping[str, object], new: Message) -> Message:
+    """Metadata with members set and removed; the others keep their place."""
+    whole = {**before, **new}
+    return {name: value for name, value in whole.items() if not isinstance(patch.get(name), Remove)}
