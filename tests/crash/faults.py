@@ -1,0 +1,94 @@
+"""Storage that fails at one chosen step: of session files by a Disk, of the journal by an SQLite VFS.
+
+Both count their steps with one counter, so "the n-th write or flush" goes through a run of the whole engine.
+"""
+
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import apsw
+from crash.disks import PowerDisk
+
+
+@dataclass
+class Plan:
+    """Fail with EIO at step `at`, and unless `once` is set at every step after it; 0 never fails."""
+
+    at: int = 0
+    once: bool = False
+    steps: list[str] = field(default_factory=list)
+    armed: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def step(self, what: str) -> bool:
+        """Count a step; whether it fails."""
+        with self.lock:
+            if not self.armed:
+                return False
+            self.steps.append(what)
+            return self.at == len(self.steps) or (not self.once and 0 < self.at < len(self.steps))
+
+    def check(self, what: str) -> None:
+        if self.step(what):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    @property
+    def failed(self) -> str:
+        """What failed first."""
+        return self.steps[self.at - 1] if 0 < self.at <= len(self.steps) else ""
+
+
+class FailingDisk(PowerDisk):
+    """The disk of the session files."""
+
+    def __init__(self, sessions: Path, plan: Plan) -> None:
+        super().__init__(sessions, lambda _, kind, __: plan.check(f"file {kind}"))
+
+
+class _File(apsw.VFSFile):
+    def __init__(self, name: object, flags: list[int], plan: Plan) -> None:
+        path = name.filename() if isinstance(name, apsw.URIFilename) else str(name)
+        self._kind = "log" if path.endswith("-wal") else "database"
+        self._plan = plan
+        super().__init__("", name, flags)  # type: ignore[arg-type]
+
+    def xWrite(self, data: bytes, offset: int) -> None:
+        if self._plan.step(f"{self._kind} write"):
+            super().xWrite(data[: len(data) // 2], offset)
+            raise apsw.IOError("injected: write")
+        super().xWrite(data, offset)
+
+    def xSync(self, flags: int) -> None:
+        if self._plan.step(f"{self._kind} sync"):
+            raise apsw.IOError("injected: sync")
+        super().xSync(flags)
+
+    def xTruncate(self, size: int) -> None:
+        if self._plan.step(f"{self._kind} truncate"):
+            raise apsw.IOError("injected: truncate")
+        super().xTruncate(size)
+
+
+class _Vfs(apsw.VFS):
+    def __init__(self, name: str, plan: Plan) -> None:
+        self._plan = plan
+        super().__init__(name, "")
+
+    def xOpen(self, name: object, flags: list[int]) -> _File:  # type: ignore[override]
+        return _File(name, flags, self._plan)
+
+
+@contextmanager
+def failing_vfs(plan: Plan) -> Iterator[str]:
+    """The name of a VFS that fails as planned."""
+    name = f"failing{id(plan)}"
+    vfs = _Vfs(name, plan)
+    try:
+        yield name
+    finally:
+        vfs.unregister()

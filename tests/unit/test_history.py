@@ -1,0 +1,363 @@
+"""History: whatever is stored, a model gets a window that it accepts."""
+
+import copy
+import doctest
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from sessionstore.history import history, is_user_turn, needs_more, window_start
+
+Message = dict[str, Any]
+
+
+# ------------------------------------------------------------------------------------------------ shorthand
+
+
+def user(content: object = "hi") -> Message:
+    return {"role": "user", "content": content}
+
+
+def says(content: object = "ok") -> Message:
+    return {"role": "assistant", "content": content}
+
+
+def calls(*ids: str, content: object = None) -> Message:
+    functions = [{"id": i, "type": "function", "function": {"name": "f", "arguments": "{}"}} for i in ids]
+    return {"role": "assistant", "content": content, "tool_calls": functions}
+
+
+def result(call_id: str) -> Message:
+    return {"role": "tool", "content": f"r{call_id}", "tool_call_id": call_id, "name": "f"}
+
+
+def words(text: str = "so") -> Message:
+    return {"type": "text", "text": text}
+
+
+def uses(*ids: str, before: tuple[Message, ...] = ()) -> Message:
+    return says([*before, *({"type": "tool_use", "id": i, "name": "f", "input": {}} for i in ids)])
+
+
+def answer(call_id: str) -> Message:
+    return {"type": "tool_result", "tool_use_id": call_id, "content": [words(f"r{call_id}")]}
+
+
+# --------------------------------------------------------------------------------------- what a model wants
+
+
+def complaint(window: list[Message]) -> str | None:
+    """Say what a strict model API would refuse in a window; None if nothing."""
+    waiting: set[tuple[str, str]] = set()
+    for index, message in enumerate(window):
+        if not isinstance(message.get("role"), str):
+            return f"{index} has no role"
+        role, content = message["role"], message["content"]
+        parts = content if isinstance(content, list) else []
+        blocks = [block for block in parts if isinstance(block, dict)]
+        types = [block.get("type") for block in blocks]
+        results = [("block", block["tool_use_id"]) for block in blocks if block.get("type") == "tool_result"]
+        if role == "tool":
+            results.append(("function", message["tool_call_id"]))
+        if "tool_result" in types and role != "user":
+            return f"{index} holds results, but is no user message"
+        if len(set(results)) != len(results) or not waiting.issuperset(results):
+            return f"{index} holds a result that no call waits for"
+        if types[: types.count("tool_result")] != ["tool_result"] * types.count("tool_result"):
+            return f"{index} does not begin with its results"
+        waiting -= set(results)
+        only_results = role == "tool" or (bool(results) and len(results) == len(parts))
+        if waiting and not only_results:
+            return f"{index} comes before the results of a call"
+        made = [("block", block["id"]) for block in blocks if block.get("type") == "tool_use"]
+        made += [("function", call["id"]) for call in message.get("tool_calls", [])]
+        if made and role != "assistant":
+            return f"{index} calls, but is no assistant"
+        if len(set(made)) != len(made) or message.get("tool_calls") == []:
+            return f"{index} has calls with one id, or none"
+        waiting |= set(made)
+    return f"unanswered at the end: {waiting}" if waiting else None
+
+
+def test_the_judge_of_windows_finds_faults() -> None:
+    faults: list[list[Message]] = [
+        [{"content": ""}],
+        [user(), result("1")],
+        [user(), calls("1")],
+        [user(), calls("1"), says(), result("1")],
+        [user(), calls("1", "2"), result("1"), user()],
+        [user(), calls("1"), result("1"), result("1")],
+        [user(), uses("1"), user([words(), answer("1")])],
+        [user(), uses("1"), says([answer("1")])],
+        [user(), calls("1", "1"), result("1")],
+        [user([{"type": "tool_use", "id": "1"}])],
+        [user(), calls()],
+    ]
+    assert [complaint(window) for window in faults if complaint(window) is None] == []
+    assert complaint([user(), calls("1", "2"), result("2"), result("1"), says()]) is None
+    assert complaint([user(), uses("1"), user([answer("1"), words()]), says()]) is None
+
+
+# -------------------------------------------------------------------------- conversations as they should be
+
+
+def plain_window(messages: list[Message], last_consolidated: int, max_messages: int) -> list[Message]:
+    """The last messages, from the first user's on, cut to the fields that models know."""
+    tail = messages[last_consolidated:][-max_messages:]
+    users = [index for index, message in enumerate(tail) if message["role"] == "user"]
+    fields = ("role", "content", "tool_calls", "tool_call_id", "name")
+    return [{name: m[name] for name in fields if name in m} for m in tail[min(users, default=0) :]]
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[Message]:
+    """A user's words, rounds of calls with all their results, an assistant's last word; ids may be reused."""
+    anthropic = draw(st.booleans())
+    reuse = draw(st.booleans())
+    messages: list[Message] = []
+    number = 0
+    for _ in range(draw(st.integers(0, 5))):
+        messages.append(user(draw(st.sampled_from(["hi", "", [words()]]))))
+        for count in draw(st.lists(st.integers(1, 3), max_size=3)):
+            ids = [str(i if reuse else number + i) for i in range(count)]
+            number += count
+            order = draw(st.permutations(ids))
+            if anthropic:
+                messages.append(uses(*ids, before=draw(st.sampled_from([(), (words(),)]))))
+                more = draw(st.sampled_from([[], [words("go on")]]))
+                messages.append(user([*(answer(call_id) for call_id in order), *more]))
+            else:
+                messages.append(calls(*ids, content=draw(st.sampled_from([None, "", "hm"]))))
+                messages += [result(call_id) for call_id in order]
+        messages.append(says(draw(st.sampled_from(["ok", ""]))))
+    for index, message in enumerate(messages):
+        message |= {"timestamp": f"2026-02-23T09:00:{index:02}", "reasoning_content": {"of": [index]}}
+    return messages
+
+
+@given(conversations(), st.data())
+def test_a_conversation_in_order_loses_only_unknown_fields(
+    messages: list[Message], data: st.DataObject
+) -> None:
+    last_consolidated = data.draw(st.integers(0, len(messages) + 1))
+    max_messages = data.draw(st.integers(1, len(messages) + 1))
+    expected = plain_window(messages, last_consolidated, max_messages)
+    # Without a user's words at its front, it is not legal, and other tests say what is given instead.
+    assume(not expected or (is_user_turn(expected[0]) and complaint(expected) is None))
+    assert history(messages, last_consolidated=last_consolidated, max_messages=max_messages) == expected
+
+
+def test_the_order_of_fields_is_fixed() -> None:
+    message = {"name": "f", "tool_call_id": "1", "content": "r", "role": "tool", "extra": 1}
+    assert list(history([user(), calls("1"), message])[2]) == ["role", "content", "tool_call_id", "name"]
+
+
+# ------------------------------------------------------------------------------------------ anything at all
+
+ids = st.sampled_from(["1", "2", "3"])
+odd: st.SearchStrategy[Any] = st.sampled_from(
+    [None, 0, 1.5, True, "", "1", [], {}, [1], [None, "x"], {"id": "1"}, ["1"], [[]]]
+)
+call_lists = st.lists(st.fixed_dictionaries({"id": ids | odd}) | odd, max_size=3)
+block_lists = st.lists(
+    odd
+    | st.fixed_dictionaries({"type": st.just("tool_use"), "id": ids | odd}, optional={"tool_use_id": ids})
+    | st.fixed_dictionaries({"type": st.just("tool_result"), "tool_use_id": ids | odd}, optional={"id": ids})
+    | st.fixed_dictionaries({"type": st.sampled_from(["text", "thinking"]) | odd}),
+    max_size=4,
+)
+anything = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": st.sampled_from(["user", "user", "assistant", "assistant", "tool", "system"]) | odd,
+        "content": st.just("text") | block_lists | odd,
+        "tool_calls": call_lists | odd,
+        "tool_call_id": ids | odd,
+        "name": odd,
+    },
+)
+likely = st.sampled_from(
+    [
+        user(), says(), calls("1"), calls("1", "2"), calls("2", content="hm"), result("1"), result("2"),
+        uses("1"), uses("1", "2"), uses("2", before=(words(),)), user([answer("1")]), user([answer("2")]),
+        user([answer("1"), answer("2")]), user([words(), answer("2")]), user([answer("1"), words()]),
+        {"role": "system", "content": "be kind"},
+    ]
+)  # fmt: skip
+sessions = (
+    st.lists(likely, max_size=14) | st.lists(anything, max_size=8) | st.lists(anything | likely, max_size=12)
+)
+
+
+@given(sessions, st.integers(0, 14), st.integers(0, 14))
+def test_whatever_is_stored_the_window_is_legal(
+    messages: list[Message], last_consolidated: int, size: int
+) -> None:
+    before = copy.deepcopy(messages)
+    window = history(messages, last_consolidated=last_consolidated, max_messages=size)
+    assert complaint(window) is None
+    assert messages == before
+    assert window == history(before, last_consolidated=last_consolidated, max_messages=size)
+    assert history(window, max_messages=0) == window
+    rest = messages[last_consolidated:]
+    if any(is_user_turn(message) for message in rest):
+        assert is_user_turn(window[0])
+
+
+@given(sessions, st.integers(1, 14))
+def test_words_are_never_left_out_nor_put_in_another_order(messages: list[Message], size: int) -> None:
+    def spoken(some: list[Message]) -> list[int]:
+        speakers = [m for m in some if m.get("role") in ("user", "assistant")]
+        return [m["name"] for m in speakers if m.get("content") == "text"]
+
+    numbered = [message | {"name": index} for index, message in enumerate(messages)]
+    start = window_start(numbered, max_messages=size)
+    assert spoken(history(numbered, max_messages=size)) == spoken(numbered[start:])
+
+
+@given(sessions, st.integers(0, 5), st.integers(1, 8))
+def test_the_end_of_a_session_suffices_once_a_user_turn_is_in_it(
+    messages: list[Message], last_consolidated: int, size: int
+) -> None:
+    whole = history(messages, last_consolidated=last_consolidated, max_messages=size)
+    for start in range(max(last_consolidated, len(messages) - size), last_consolidated - 1, -1):
+        tail = messages[start:]
+        if not needs_more(tail) or start == last_consolidated:
+            assert history(tail, max_messages=size) == whole
+
+
+@given(sessions)
+def test_what_is_given_is_the_callers_own(messages: list[Message]) -> None:
+    before = copy.deepcopy(messages)
+
+    def spoil(value: Any) -> None:
+        for inner in value.values() if isinstance(value, dict) else value:
+            if isinstance(inner, (dict, list)):
+                spoil(inner)
+        value.clear()
+
+    for entry in history(messages, max_messages=0):
+        spoil(entry)
+    assert messages == before
+
+
+def test_depth_is_no_limit() -> None:
+    content: list[Any] = []
+    for _ in range(50_000):
+        content = [content]
+    (entry,) = history([user(content)])
+    assert entry["content"] is not content
+    for nest in (content, entry["content"]):  # take them apart: freeing them nested would recurse
+        while nest:
+            nest = nest.pop()  # type: ignore[attr-defined]
+
+
+# --------------------------------------------------------------------------------------------- rule by rule
+
+
+def window(*messages: Message, **arguments: int) -> list[Message]:
+    return history(messages, **arguments)
+
+
+@pytest.mark.parametrize("name", ["max_messages", "last_consolidated"])
+@pytest.mark.parametrize("function", [history, window_start])
+def test_negative_numbers_are_refused(name: str, function: Callable[..., object]) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be 0"):
+        function([user()], **{name: -1})
+
+
+def test_zero_is_no_limit_and_the_default_is_500() -> None:
+    messages = [user(str(index)) for index in range(600)]
+    assert window(*messages, max_messages=0) == messages
+    assert window(*messages) == messages[100:]
+    assert window(*messages, last_consolidated=590) == messages[590:]
+    assert window(*messages, last_consolidated=700) == []
+    assert window() == []
+
+
+def test_a_window_begins_at_a_user_turn() -> None:
+    assert window(user(), says("a"), user("b"), says("c"), max_messages=3) == [user("b"), says("c")]
+
+
+def test_a_user_message_of_results_alone_is_no_user_turn() -> None:
+    messages = [user("a"), uses("1"), user([answer("1")]), says(), user("b"), says()]
+    assert window(*messages, max_messages=4) == [user("b"), says()]
+    assert window(*messages[:4], max_messages=2) == messages[:4]
+
+
+def test_a_window_is_extended_back_to_a_user_turn() -> None:
+    turn = [user(), calls("1"), result("1"), calls("2"), result("2")]
+    assert window(says(), *turn, max_messages=2) == turn
+    assert window(says(), *turn, max_messages=1) == turn
+    # But never over what is consolidated.
+    assert window(says(), *turn, last_consolidated=2, max_messages=1) == []
+    assert window(says(), *turn, last_consolidated=3, max_messages=3) == turn[3:]
+
+
+def test_without_any_user_turn_the_window_is_given_without_orphans() -> None:
+    assert window(says("a"), says("b"), result("1"), max_messages=2) == [says("b")]
+
+
+def test_a_result_without_its_call_is_left_out() -> None:
+    turn = [user(), calls("1"), result("1")]
+    assert window(user(), result("1"), calls("1"), result("1"), result("1")) == turn
+    assert window(user([answer("1"), words()])) == [user([words()])]
+    assert window(user(), {"role": "tool", "content": "r"}) == [user()]
+
+
+def test_a_call_without_its_result_is_left_out() -> None:
+    assert window(user(), calls("1"), user("b")) == [user(), user("b")]
+    assert window(user(), calls("1", content="hm")) == [user(), says("hm")]
+    assert window(user(), calls("1", "2"), result("2")) == [user(), calls("2"), result("2")]
+    thoughts = {"type": "thinking", "thinking": "...", "signature": "s"}
+    assert window(user(), uses("1", before=(thoughts,)), user("b")) == [user(), user("b")]
+    assert window(user(), uses("1", before=(words(),))) == [user(), says([words()])]
+
+
+def test_a_reused_id_is_answered_once_and_by_the_next_result() -> None:
+    turn = [user(), calls("1"), result("1"), says()]
+    assert window(*turn, *turn) == turn + turn
+    assert window(user(), calls("1"), user("b"), calls("1"), result("1")) == [user(), user("b"), *turn[1:3]]
+    assert window(user(), calls("1", "1"), result("1"), result("1")) == [user(), calls("1"), result("1")]
+
+
+def test_a_late_result_moves_up_to_its_call() -> None:
+    assert window(user(), calls("1", "2"), result("1"), user("b"), result("2"), says()) == [
+        user(), calls("1", "2"), result("1"), result("2"), user("b"), says(),
+    ]  # fmt: skip
+    assert window(user(), uses("1"), user("b"), user([answer("1"), words()])) == [
+        user(), uses("1"), user([answer("1")]), user("b"), user([words()]),
+    ]  # fmt: skip
+
+
+def test_results_stand_before_words_in_one_message() -> None:
+    assert window(user(), uses("1"), user([words(), answer("1")]))[2] == user([answer("1"), words()])
+
+
+def test_a_call_is_answered_in_its_own_dialect() -> None:
+    both = uses("1", before=(words(),)) | {"tool_calls": calls("1")["tool_calls"]}
+    assert window(user(), both, result("1")) == [user(), calls("1", content=[words()]), result("1")]
+    only_blocks = uses("1") | {"tool_calls": calls("1")["tool_calls"]}
+    assert window(user(), only_blocks, result("1")) == [user(), calls("1", content=""), result("1")]
+
+
+def test_tool_parts_out_of_place_are_left_out() -> None:
+    assert window(user() | {"tool_calls": [{"id": "1"}], "tool_call_id": "1"}) == [user()]
+    assert window(says() | {"tool_calls": None}, says() | {"tool_calls": []}) == [says(), says()]
+    assert window(user(), {"role": "system", "content": [answer("1")]}) == [user()]
+    assert window(user(), calls("1"), result("1") | {"content": [answer("1")]})[2]["content"] == ""
+
+
+def test_odd_messages_do_no_harm() -> None:
+    odds: list[Message] = [{}, {"content": 1}, {"role": 5}, user(1), {"role": "user"}, user([])]
+    assert window(*odds) == [user(1), user(""), user([])]
+
+
+def test_the_examples_of_the_documentation_are_true() -> None:
+    page = Path(__file__).parents[2] / "docs" / "history.md"
+    failed, tried = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
+    assert tried > 5
+    assert failed == 0

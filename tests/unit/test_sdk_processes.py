@@ -1,0 +1,234 @@
+"""Clients beside forks, threads, loops, signals and exits; what could disturb the tests is a process."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from daemons import Daemon, clean_environment
+from sessionstore import AsyncSessionStore, SessionStore
+
+TESTS = str(Path(__file__).parent.parent)
+
+
+def python(code: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=clean_environment() | {"PYTHONPATH": TESTS}, **pipes, **options)
+
+
+def output(process: subprocess.Popen[str], timeout_s: float = 60.0) -> str:
+    """What it wrote to stdout; fails if it failed or wrote to stderr."""
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        pytest.fail(f"it hung; stdout: {out} stderr: {err}")
+    assert (process.returncode, err) == (0, ""), out + err
+    return out
+
+
+def test_forked_children_go_on_with_their_own_identity(shared_daemon: Daemon, key: str) -> None:
+    """Also while other threads of the parent are in calls, and with handles and errors of before."""
+    code = """
+        import os, sys, threading
+        from sessionstore import SessionStore
+        target, key = sys.argv[1:]
+        store = SessionStore(target, timeout=20)
+        handle = store.session(key)
+        handle.append({"by": "parent", "n": -1})
+        stop = threading.Event()
+        def busy():
+            own = store.session(key + "/busy")
+            while not stop.is_set():
+                own.append({})
+        threads = [threading.Thread(target=busy) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        identities = {store._driver._window.client_id}
+        for n in range(8):
+            child = os.fork()
+            if child == 0:
+                handle.append({"by": os.getpid(), "n": n})
+                assert store._driver._window.client_id not in identities
+                store.close()
+                os._exit(0)
+            for _ in range(2000):
+                done, status = os.waitpid(child, os.WNOHANG)
+                if done:
+                    break
+                stop.wait(0.01)
+            else:
+                os.kill(child, 9)
+                status = -1
+            print(status)
+            handle.append({"by": "parent", "n": n})
+        stop.set()
+        for thread in threads:
+            thread.join()
+        print([message["n"] for message in handle.messages])
+        store.close()
+    """
+    told = output(python(code, shared_daemon.address, key)).splitlines()
+    assert told == ["0"] * 8 + [str([-1, *(n for n in range(8) for _ in range(2))])]
+
+
+def test_workers_of_a_forking_pool_share_a_store(shared_daemon: Daemon, key: str) -> None:
+    code = """
+        import multiprocessing, sys
+        from sessionstore import SessionStore
+        target, key = sys.argv[1:]
+        store = SessionStore(target, timeout=20)
+        store.info()
+        def work(n):
+            return store.session(key).append({"n": n}).first_index
+        with multiprocessing.get_context("fork").Pool(3) as pool:
+            print(sorted(pool.map(work, range(30))) == list(range(30)))
+        print(store.session(key).message_count)
+    """
+    assert output(python(code, shared_daemon.address, key)) == "True\n30\n"
+
+
+def test_an_async_store_used_after_a_fork_raises_at_once(shared_daemon: Daemon, key: str) -> None:
+    code = """
+        import asyncio, os, sys
+        from sessionstore import AsyncSessionStore
+        target, key = sys.argv[1:]
+        store = AsyncSessionStore(target)
+        child = os.fork()
+        if child == 0:
+            async def use():
+                try:
+                    await store.session(key)
+                except RuntimeError as error:
+                    print(error, flush=True)
+                await store.close()
+            asyncio.run(use())
+            os._exit(0)
+        os.waitpid(child, 0)
+    """
+    assert "before a fork" in output(python(code, shared_daemon.address, key))
+
+
+@pytest.mark.parametrize("kind", ["SessionStore", "AsyncSessionStore"])
+def test_an_unclosed_client_never_delays_exit(shared_daemon: Daemon, key: str, kind: str) -> None:
+    code = f"""
+        import asyncio, sys, time, inspect
+        from sessionstore import {kind}
+        target, key = sys.argv[1:]
+        store = {kind}(target)
+        async def use():
+            handle = await store.session(key)
+            await handle.append({{}})
+        if "Async" in "{kind}":
+            asyncio.run(use())
+        else:
+            store.session(key).append({{}})
+        print(time.time())
+    """
+    told = float(output(python(code, shared_daemon.address, key)))
+    assert time.time() - told < 1.5
+
+
+def test_threads_share_a_store_and_a_handle(shared_daemon: Daemon, key: str) -> None:
+    with SessionStore(shared_daemon.address) as store:
+        shared = store.session(key)
+        failures: list[BaseException] = []
+
+        def write(number: int) -> None:
+            try:
+                own = store.session(key)
+                for n in range(50):
+                    (shared if n % 2 else own).append({"by": number, "n": n})
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=write, args=(number,)) for number in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not failures
+        stored = store.session(key)
+        assert shared.refresh().messages == stored.messages
+        assert stored.message_count == 16 * 50
+        for number in range(16):
+            assert [m["n"] for m in stored.messages if m["by"] == number] == list(range(50))
+
+
+async def test_tasks_share_a_store_and_a_handle_beyond_the_window(shared_daemon: Daemon, key: str) -> None:
+    async with AsyncSessionStore(shared_daemon.address, timeout=60) as store:
+        shared = await store.session(key)
+        told = await asyncio.gather(*(shared.append({"n": n}) for n in range(1500)))
+        assert sorted(each.first_index for each in told) == list(range(1500))
+        assert sorted(message["n"] for message in shared.messages) == list(range(1500))
+        assert shared.messages == (await store.session(key)).messages
+
+
+async def test_the_sync_client_works_inside_a_running_loop(shared_daemon: Daemon, key: str) -> None:
+    with SessionStore(shared_daemon.address) as store:
+        assert store.session(key).append({}).message_count == 1
+
+
+async def test_an_async_store_belongs_to_its_loop(shared_daemon: Daemon, key: str) -> None:
+    async with AsyncSessionStore(shared_daemon.address) as store:
+        await store.session(key)
+
+        def elsewhere() -> str:
+            with pytest.raises(RuntimeError, match="another event loop") as told:
+                asyncio.run(store.get(key))
+            return str(told.value)
+
+        await asyncio.to_thread(elsewhere)
+
+
+async def test_a_cancelled_write_leaves_the_client_usable(shared_daemon: Daemon, key: str) -> None:
+    async with AsyncSessionStore(shared_daemon.address, timeout=20) as store:
+        handle = await store.session(key)
+        for n in range(20):
+            task = asyncio.create_task(handle.append({"cancelled": n}))
+            await asyncio.sleep(n * 0.0001)
+            task.cancel()
+            await asyncio.wait([task])
+        told = await handle.append({"last": True})
+        assert handle.messages[-1] == {"last": True}
+        assert told.message_count <= 21
+        sent = [message["cancelled"] for message in handle.messages[:-1]]
+        assert len(sent) == len(set(sent))
+
+
+def test_ctrl_c_leaves_a_write_unknown_and_the_client_usable(shared_daemon: Daemon, key: str) -> None:
+    code = """
+        import sys
+        from proxies import Proxy
+        from sessionstore import SessionStore
+        target, key = sys.argv[1:]
+        proxy = Proxy(target)
+        store = SessionStore(proxy.address, timeout=20)
+        handle = store.session(key)
+        handle.append({"n": 0})
+        proxy.swallow("from_daemon")
+        print("writing", flush=True)
+        try:
+            handle.append({"n": 1})
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+        proxy.heal()
+        handle.append({"n": 2})
+        print([message["n"] for message in handle.messages], flush=True)
+        store.close()
+        proxy.close()
+    """
+    process = python(code, shared_daemon.address, key)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert output(process) in ("interrupted\n[0, 1, 2]\n", "interrupted\n[0, 2]\n")
