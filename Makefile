@@ -12,7 +12,7 @@ BUILD_REQUIREMENTS := hatchling
 EXACT := server/sessionstored/rules.py,client/sessionstore/history.py,client/sessionstore/errors.py,client/sessionstore/codec.py
 PYTEST_COVERED := $(BIN)/pytest --cov --cov-report=
 
-.PHONY: help run demo test test-all check generate constraints clean
+.PHONY: help run demo test test-all torture check generate constraints clean
 
 help: ## list these targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
@@ -33,6 +33,9 @@ test: check ## what CI runs: the checks, the tests and the coverage gate
 test-all: check ## the same with the slow tests: full kill storms and floods
 	$(PYTEST_COVERED) $(ARGS)
 	$(BIN)/coverage report --include=$(EXACT) --fail-under=100
+
+torture: $(READY) ## break everything on purpose, and print a table of what was lost; ARGS="--only TEXT --seed N"
+	@exec $(BIN)/python tests/crash/torture.py $(ARGS)
 
 check: $(READY) ## lint and types of Python and proto, and that the generated code is fresh
 	$(BIN)/ruff check .

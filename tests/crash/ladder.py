@@ -1,0 +1,11 @@
+"""The fault ladder: every fault that the store is put through, from cheap to real.
+
+`make torture` runs each at full size; `make test` runs a sample of each (test_ladder.py).
+"""
+
+from crash import kills
+from crash.tally import Rung
+
+RUNGS = (
+    Rung("kill -9 under four writing processes", kills.run, full=200, sample=4),
+)
