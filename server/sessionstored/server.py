@@ -33,6 +33,12 @@ EXIT_STORAGE_FAILED = 3
 _RECEIVED_BATCHES_MAX = 2
 _MESSAGE_LENGTH_MAX = (1 << 31) - 1
 _CALLS_MAX = (1 << 31) - 1
+# What an acknowledgement is worth, and what is lost at worst.
+_DURABILITY = {
+    "fsync": "what is acknowledged survives kill -9 and power loss",
+    "os": "what is acknowledged survives kill -9; a power loss may take the last seconds of it",
+    "none": "what is acknowledged ends with this process",
+}
 # What still runs after the drain are streams without an end, such as a health watch.
 _STREAMS_GRACE_S = 0.5
 _FAILURE_ARRIVES_S = 0.02
@@ -66,6 +72,8 @@ async def serve(
         engine.announce(served)
         await daemon.start()
         _log.info("serving %s on %s (pid %d)", engine.name, ", ".join(served), os.getpid())
+        level = logging.INFO if engine.durability == "fsync" else logging.WARNING
+        _log.log(level, "durability %s: %s", engine.durability, _DURABILITY[engine.durability])
         ready(served)
     except BaseException:
         await daemon.end()

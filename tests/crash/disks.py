@@ -7,10 +7,12 @@ durable as SQLite makes them, which `faults` tests with a VFS.
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import apsw
+from sessionstored.engine.jsonl import pages
 from sessionstored.engine.jsonl.disk import Disk
 
 KINDS = ("open_append", "create", "write", "flush", "flush_directory", "truncate", "rename", "unlink")
@@ -177,14 +179,27 @@ def keep_fingerprints(copy: Path, inodes: dict[str, int]) -> None:
         inodes: name -> the inode number of the original file.
 
     """
-    db = apsw.Connection(str(copy / "journal.db"))
-    db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-    db.pragma("wal_autocheckpoint", 0)
-    with db:
+    with journal_of(copy) as db:
         for name, inode in inodes.items():
             stat = (copy / "sessions" / name).stat()
             db.execute(
                 "UPDATE session SET inode = ?, mtime_ns = ? WHERE inode = ? AND size = ?",
                 (stat.st_ino, stat.st_mtime_ns, inode, stat.st_size),
             )
-    db.close()
+
+
+@contextmanager
+def journal_of(data: Path) -> Iterator[apsw.Connection]:
+    """The journal of a directory that nobody serves, to look into or to change, with right page checksums.
+
+    What is changed is one transaction, and stays in the write-ahead log.
+    """
+    pages.register()
+    db = apsw.Connection(str(data / "journal.db"), vfs=pages.CHECKSUM_VFS)
+    db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+    db.pragma("wal_autocheckpoint", 0)
+    try:
+        with db:
+            yield db
+    finally:
+        db.close()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from crash.by_hand import A, B, C, crashed, opened, revision, round_of, says
+from crash.disks import journal_of
 from crash.workspaces import quarantined
 from engines import done, lines, one, refused, request
 from sessionstored.engine import StartError
@@ -103,10 +104,9 @@ async def test_a_lost_journal_stops_the_start_after_a_crash(killed: Path, how: s
 
 
 async def test_a_damaged_row_stops_the_start_and_can_be_left_out(killed: Path) -> None:
-    with sqlite3.connect(killed / "journal.db") as db:
+    with journal_of(killed) as db:
         ((row_id, body),) = db.execute("SELECT id, body FROM journal").fetchall()
         db.execute("UPDATE journal SET body = ?", (body.replace(B, C),))
-    db.close()
     await refused_start(killed, f"row {row_id}", "journal.db", "--accept-loss")
     async with opened(killed, accept_loss=True) as engine:
         assert await lines(engine, "k") == [A, B]  # its file had the message already
@@ -122,11 +122,10 @@ async def test_changes_upon_a_lost_row_make_damage_and_not_another_session(fast_
             for line in (B, C):
                 await done(engine, Append(key, [line]))
         data = await crashed(engine, fast_path / "data")
-    with sqlite3.connect(data / "journal.db") as db:
+    with journal_of(data) as db:
         rows = db.execute("SELECT id, body FROM journal ORDER BY id").fetchall()
         for row_id, body in (rows[0], rows[2]):
             db.execute("UPDATE journal SET body = ? WHERE id = ?", (body.replace(B, C), row_id))
-    db.close()
     async with opened(data, accept_loss=True) as engine:
         assert (await refused(engine, Append("k", [A]))).reason == "DATA_LOSS"
         await says(engine, "new", A)
@@ -151,9 +150,8 @@ async def test_a_lost_store_file_is_made_anew_from_the_journal(clean: Path) -> N
 
 async def test_the_ceiling_is_above_every_revision(clean: Path) -> None:
     before = store_of(clean)["revision_ceiling"]
-    with sqlite3.connect(clean / "journal.db") as db:
+    with journal_of(clean) as db:
         db.execute("UPDATE meta SET value = ? WHERE name = 'revision'", (before,))
-    db.close()
     async with opened(clean) as engine:
         answer = await done(engine, Append("k", [A]))
         ceiling = store_of(clean)["revision_ceiling"]
@@ -161,9 +159,8 @@ async def test_the_ceiling_is_above_every_revision(clean: Path) -> None:
 
 
 async def test_a_newer_journal_is_refused(clean: Path) -> None:
-    with sqlite3.connect(clean / "journal.db") as db:
+    with journal_of(clean) as db:
         db.execute("PRAGMA user_version = 9")
-    db.close()
     await refused_start(clean, "version 9")
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 from crash.by_hand import quiet
@@ -84,7 +85,24 @@ async def test_a_newer_format_is_refused_by_name_and_left_as_it_is(tmp_path: Pat
 
 async def test_a_newer_format_that_this_reader_understands_is_opened(tmp_path: Path):
     await (await open_jsonl(tmp_path)).close()
-    (tmp_path / "STORE").write_text(json.dumps(store(tmp_path) | {"format": 2, "oldest_reader": 1}))
+    members = store(tmp_path) | {"format": 2, "oldest_reader": 1, "new": "member"}
+    del members["crc"]
+    members["crc"] = crc32(json.dumps(members, sort_keys=True).encode())
+    (tmp_path / "STORE").write_text(json.dumps(members))
+    await (await open_jsonl(tmp_path)).close()
+
+
+async def test_a_store_file_with_another_byte_is_refused(tmp_path: Path):
+    await (await open_jsonl(tmp_path)).close()
+    content = (tmp_path / "STORE").read_bytes()
+    for position in range(len(content) - 1):
+        for bit in (1, 4):
+            changed = bytearray(content)
+            changed[position] ^= bit
+            (tmp_path / "STORE").write_bytes(changed)
+            with pytest.raises(StartError, match="STORE"):
+                await open_jsonl(tmp_path)
+    (tmp_path / "STORE").write_bytes(content)
     await (await open_jsonl(tmp_path)).close()
 
 

@@ -16,6 +16,7 @@ from typing import TypeVar
 import apsw
 
 from sessionstored.engine import Page, Query, Refused, Reply, Request, Slice
+from sessionstored.engine.jsonl import pages
 from sessionstored.engine.jsonl.committer import STOPPING, Committer, Job, StaleFork
 from sessionstored.engine.jsonl.disk import Disk
 from sessionstored.engine.jsonl.files import FileChanged, Region
@@ -371,7 +372,10 @@ class JsonlEngine:
         return await self._read(lambda: self._vault.read_cold(state, region, start, stop, max_bytes))
 
     async def _read(self, work: Callable[[], T]) -> T:
-        return await self._loop.run_in_executor(self._readers, work)
+        try:
+            return await self._loop.run_in_executor(self._readers, work)
+        except pages.DAMAGED as error:
+            raise Refused(_journal_damaged(pages.describe(error))) from error
 
     async def list(self, query: Query) -> Page:
         """One page of heads."""
@@ -434,6 +438,12 @@ def _size(request: Request) -> int:
     mutation = request.mutation
     lines = mutation.messages if isinstance(mutation, Create | Append | Replace) else ()
     return 512 + sum(map(len, lines)) + len(lines)
+
+
+def _journal_damaged(what: str) -> Refusal:
+    """The refusal for a read that met a damaged page of the journal, whosever it was."""
+    metadata = {"key": "", "file": "journal.db", "line": "0", "detail": what}
+    return Refusal("DATA_LOSS", f"journal.db is damaged: {what}; restore a backup", metadata)
 
 
 def _overloaded(what: str, limit: int) -> Refusal:

@@ -5,7 +5,7 @@ flushed when `commit` returns. SQLite's own checkpoints are explicit and checked
 because the automatic one swallows errors. One connection, used by one thread at a time, writes; `reader`
 gives another for reads.
 
-Knows rows and SQL; nothing of files, threads or decisions.
+Knows rows and SQL; nothing of files, threads or decisions. `pages` keeps what is read here what was written.
 """
 
 import json
@@ -19,6 +19,7 @@ from typing import cast
 import apsw
 
 from sessionstored.engine import Order, Query
+from sessionstored.engine.jsonl import pages, wal
 from sessionstored.engine.jsonl.blocks import Blocks
 from sessionstored.engine.jsonl.records import checksum, outcome_from_json, outcome_to_json
 from sessionstored.rules import Head
@@ -96,13 +97,22 @@ class Journal:
     def __init__(self, path: Path, durability: str, vfs: str | None = None) -> None:
         """Open or create.
 
+        Args:
+            path: the database.
+            durability: "fsync" or "os".
+            vfs: a VFS above the one that keeps the pages' checksums; for fault tests.
+
         Raises:
             FormatError: it is something else, or of a newer version.
             apsw.Error: it cannot be read.
 
         """
+        try:
+            pages.register()
+        except pages.ChecksumsMissingError as error:
+            raise FormatError(str(error)) from error
         self._path = path
-        self._vfs = vfs
+        self._vfs = vfs or pages.CHECKSUM_VFS
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # its other files take its mode
         self._db = self._connect()
         self._db.execute(f"PRAGMA synchronous={'FULL' if durability == 'fsync' else 'NORMAL'}")
@@ -115,9 +125,14 @@ class Journal:
                 self._db.pragma("user_version", SCHEMA_VERSION)
         elif version > SCHEMA_VERSION or self._db.pragma("application_id") != APPLICATION_ID:
             raise FormatError(f"{path} is version {version} of something; this is version {SCHEMA_VERSION}")
+        try:
+            pages.check(path)
+        except pages.ChecksumsMissingError as error:
+            raise FormatError(f"{path}: {error}") from error
 
     def _connect(self) -> apsw.Connection:
         db = apsw.Connection(str(self._path), vfs=self._vfs)
+        pages.reserve(db)
         db.set_busy_timeout(5000)
         db.pragma("journal_mode", "wal")
         db.pragma("wal_autocheckpoint", 0)
@@ -323,6 +338,19 @@ class Journal:
     def last_request_number(self, key: str) -> int:
         """The number of the newest request_id of a session; 0 if there is none."""
         return int(_value(self._db, "SELECT ifnull(max(n), 0) FROM request WHERE key = ?", key))
+
+    def lost_commit(self) -> str:
+        """Where the write-ahead log lost a commit that others follow; "" if it ends as a crash leaves it.
+
+        To be asked before anything is written, and of a log whose every commit was flushed.
+        """
+        frames, _ = self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
+        return wal.lost_commit(self.log, self._path, max(0, frames))
+
+    @property
+    def log(self) -> Path:
+        """The write-ahead log's file."""
+        return self._path.with_name(f"{self._path.name}-wal")
 
     def wal_checkpoint(self) -> bool:
         """Move the write-ahead log into the database, flush that, empty the log. Raises if any step fails.

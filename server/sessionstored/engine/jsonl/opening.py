@@ -1,11 +1,13 @@
 """Opening a data directory: STORE and journal together say whether anything is lost; then recovery."""
 
+import logging
 import resource
 from dataclasses import replace
 
 import apsw
 
 from sessionstored.engine import StartError
+from sessionstored.engine.jsonl import pages
 from sessionstored.engine.jsonl.disk import Disk
 from sessionstored.engine.jsonl.files import FULL, SessionFiles
 from sessionstored.engine.jsonl.journal import FormatError, Journal
@@ -13,6 +15,8 @@ from sessionstored.engine.jsonl.recovery import Recovery
 from sessionstored.engine.jsonl.store import Directory, StoreFile, new_store, with_ceiling
 from sessionstored.engine.jsonl.vault import Vault
 from sessionstored.rules import Limits
+
+logger = logging.getLogger(__name__)
 
 
 def open_vault(
@@ -37,7 +41,15 @@ def open_vault(
         journal = _open_journal(directory, store, durability, accept_loss, vfs)
         try:
             return _recovered(
-                directory, store, journal, limits, cache_bytes_max, hot_sessions_max, accept_loss, disk
+                directory,
+                store,
+                journal,
+                limits,
+                cache_bytes_max,
+                hot_sessions_max,
+                accept_loss,
+                disk,
+                durability,
             )
         except BaseException:
             journal.close()
@@ -52,8 +64,8 @@ def start_error(directory: Directory, error: apsw.Error | OSError) -> StartError
         return StartError(f"the disk of {directory.path} is full: make room, then start again")
     if isinstance(error, apsw.Error):
         return StartError(
-            f"{directory.journal} cannot be used: {error}: restore it from a backup, or move it away "
-            "and start with --accept-loss"
+            f"{directory.journal} cannot be used: {pages.describe(error)}: restore it from a backup, "
+            "or move it away and start with --accept-loss"
         )
     return StartError(f"{directory.path} cannot be used: {error}")
 
@@ -103,24 +115,39 @@ def _recovered(
     hot_sessions_max: int,
     accept_loss: bool,
     disk: Disk,
+    durability: str,
 ) -> Vault:
     known_id = journal.meta().get("store_id")
     rebuilt = store is not None and known_id is None
+    log_ends_wrong = store is not None and store.durability == "fsync" and journal.lost_commit()
     if store is None:
         store = new_store() if known_id is None else replace(new_store(), store_id=str(known_id))
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = SessionFiles(directory.sessions, directory.quarantine, disk, max(16, min(512, soft // 4)))
     vault = Vault(directory, store, journal, files, disk, limits, cache_bytes_max, hot_sessions_max)
     try:
+        if log_ends_wrong:
+            _set_log_aside(vault, log_ends_wrong, accept_loss)
         vault.revision = store.revision_ceiling if rebuilt else 0
         journal.put_meta(store_id=store.store_id, **({"revision": vault.revision} if rebuilt else {}))
         if not journal.wal_checkpoint():
             raise StartError(f"another process reads {directory.journal}: end it, then start again")
-        if store.clean:
-            vault.write_store(replace(store, clean=False))
+        vault.write_store(replace(store, clean=False, durability=durability))
         Recovery(vault, accept_loss).run()
-        vault.write_store(with_ceiling(replace(vault.store, clean=False), vault.revision))
+        vault.write_store(with_ceiling(vault.store, vault.revision))
     except BaseException:
         vault.close()
         raise
     return vault
+
+
+def _set_log_aside(vault: Vault, what: str, accept_loss: bool) -> None:
+    """The write-ahead log lost acknowledged commits: refuse to start, or keep it in quarantine and go on."""
+    log = vault.journal.log
+    if not accept_loss:
+        raise StartError(
+            f"{log} is damaged: {what}: acknowledged changes are lost; restore a backup, or start with "
+            "--accept-loss to go on without them"
+        )
+    aside = vault.files.set_aside(log.name, log.read_bytes(), "damaged")
+    logger.error("%s is damaged: %s: it is in quarantine/%s", log, what, aside)

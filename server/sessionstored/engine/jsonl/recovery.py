@@ -9,7 +9,7 @@ unclean stop nothing is believed to be on disk only because it can be read.
 
 import logging
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,13 +49,15 @@ class Recovery:
         """Key -> the revision that its catalogue row has; 0 if it has none."""
         self._touched: dict[str, State] = {}
         """The sessions that the journal changes beyond their catalogue rows; the others are clean."""
-        self._written: defaultdict[str, set[bytes]] = defaultdict(set)
-        """Key -> every line that the journal ever put into its file."""
+        self._written: defaultdict[str, Counter[bytes]] = defaultdict(Counter)
+        """Key -> every line that the journal put into its file since its catalogue row, and how often."""
         self._heads: defaultdict[str, list[Head]] = defaultdict(list)
         """Key -> every head that the journal gave it: what header lines may say."""
         self._files: set[str] = set()
         """The files that sessions have."""
         self._tombstones: list[DeleteRecord] = []
+        self._orphans: defaultdict[str, list[bytes]] = defaultdict(list)
+        """Key -> messages of changes whose session has no beginning."""
         self._rows = 0
 
     def run(self) -> None:
@@ -126,6 +128,10 @@ class Recovery:
                 continue
             for record in records:
                 self._apply(record, clock_s)
+        for key, lines in self._orphans.items():
+            data = b"".join(line + b"\n" for line in lines)
+            aside = vault.files.set_aside(file_name(key), data, "orphaned")
+            log.error("session %r lost its beginning: its changes are in quarantine/%s", key, aside)
 
     def _apply(self, record: Record, clock_s: float) -> None:
         vault = self._vault
@@ -153,20 +159,20 @@ class Recovery:
         head, vault = record.head, self._vault
         state = self._state(head.key)
         vault.revision = max(vault.revision, head.revision)
-        self._written[head.key].update(record.lines)
-        if not head.metadata and state.head is not None:
-            head = replace(head, metadata=state.head.metadata)
+        if head.revision > self._known[head.key]:
+            self._written[head.key].update(record.lines)
+        if state.head is not None and not record.file:  # what the record leaves as it was
+            head = replace(head, metadata=head.metadata or state.head.metadata, damage=state.head.damage)
         self._heads[head.key].append(head)
         if head.revision <= max(self._known[head.key], state.head.revision if state.head else 0):
             return
         if record.file:  # it begins anew, whatever the catalogue still says
+            self._orphans.pop(head.key, None)
             state.reset(record.file)
             self._touched[head.key] = state
         self._touch(state)
         if state.head is None and not record.file:
-            data = b"".join(line + b"\n" for line in record.lines)
-            aside = vault.files.set_aside(file_name(head.key), data, "orphaned")
-            log.error("session %r lost its beginning: a change is in quarantine/%s", head.key, aside)
+            self._orphans[head.key] += record.lines
             return
         end = record.start + record.delete_count
         if end > state.count or state.count - record.delete_count + len(record.lines) != head.message_count:
@@ -210,6 +216,8 @@ class Recovery:
         if record.file:
             self._tombstones.append(record)
         vault.revision = max(vault.revision, record.revision)
+        # The rows of a session that is gone may go from the front, while others need the later ones.
+        self._orphans.pop(record.key, None)
         state = self._state(record.key)
         if record.revision > self._known[record.key] and state.head is not None:
             state.reset(record.file or state.file.name, record.revision)
@@ -232,23 +240,34 @@ class Recovery:
             return
         beyond = read_from(files.sessions / file.name, file.blocks.length)
         if beyond and not self._is_ours(state.key, file.name, beyond):
-            files.set_aside(file.name, beyond, "foreign")
+            aside = files.set_aside(file.name, beyond, "foreign")
+            self._mark(state, f"its last {len(beyond)} bytes, not in the journal, are in quarantine/{aside}")
         file.torn_write = True  # whatever is beyond is ours, or in quarantine by now
         if not file.exists:
             files.remove(file.name)
         elif beyond:
             files.check(state)
 
+    def _mark(self, state: State, damage: str) -> None:
+        """Name what a session that is served lacks, or may lack: its journal may have lost it."""
+        assert state.head is not None
+        log.warning("sessions/%s: %s", state.file.name, damage)
+        if damage not in state.head.damage:
+            both = "; ".join(filter(None, (state.head.damage, damage)))
+            state.head = replace(state.head, damage=both)
+
     def _is_ours(self, key: str, name: str, data: bytes) -> bool:
         """Whether the journal has all that these bytes say, after what a deleted session's file had."""
         for record in self._tombstones:
             if record.file == name:
                 data = data[_known_length(record, data) :]
-        written = self._written[key] | {header_line(head)[:-1] for head in self._heads[key]}
+        written = self._written[key]
+        headers = {header_line(head)[:-1] for head in self._heads[key]}
         *lines, rest = data.split(b"\n")
-        if any(line and line not in written for line in lines):
+        found = Counter(line for line in lines if line and line not in headers)
+        if any(times > written[line] for line, times in found.items()):
             return False
-        return not rest or any(line.startswith(rest) for line in written)
+        return not rest or any(line.startswith(rest) for line in [*headers, *written])
 
     def _bury(self, record: DeleteRecord) -> None:
         """Remove the file of a deleted session, unless a session has that name again."""

@@ -10,8 +10,9 @@ import json
 import os
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from zlib import crc32
 
 from sessionstored.engine import StartError
 
@@ -31,6 +32,13 @@ class StoreFile:
     format: int = FORMAT
     oldest_reader: int = FORMAT
     """The oldest format version whose readers understand this directory."""
+    durability: str = "fsync"
+    """What an acknowledgement of the last daemon survived: "fsync" or "os"."""
+
+    def encoded(self) -> bytes:
+        """The file's bytes: one JSON object, with a CRC-32 of its other members."""
+        members = asdict(self)
+        return json.dumps(members | {"crc": _crc(members)}).encode() + b"\n"
 
 
 class Directory:
@@ -82,30 +90,26 @@ class Directory:
         """
         file = self.path / "STORE"
         try:
-            fields = json.loads(file.read_bytes())
-            store = StoreFile(
-                **{
-                    name: fields[name]
-                    for name in ("store_id", "clean", "revision_ceiling", "format", "oldest_reader")
-                }
-            )
+            found = json.loads(file.read_bytes())
+            if found["oldest_reader"] > FORMAT:
+                raise StartError(
+                    f"{file} says format {found['format']}, for readers of format {found['oldest_reader']} "
+                    f"or newer, and this version reads format {FORMAT}: use a newer sessionstored"
+                )
+            if found.pop("crc") != _crc(found):
+                raise ValueError("its checksum is wrong")
+            return StoreFile(**{each.name: found[each.name] for each in fields(StoreFile)})
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StartError(f"{file} cannot be read ({error!r}): restore it from a backup") from error
-        if store.oldest_reader > FORMAT:
-            raise StartError(
-                f"{self.path} has format {store.format}, which this version (format {FORMAT}) cannot read: "
-                "use a newer sessionstored"
-            )
-        return store
 
     def write_store(self, store: StoreFile) -> None:
         """Replace STORE, durably."""
         temporary = self.path / ".STORE.tmp"
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            os.write(fd, json.dumps(asdict(store)).encode() + b"\n")
+            os.write(fd, store.encoded())
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -132,10 +136,14 @@ def with_ceiling(store: StoreFile, revision: int) -> StoreFile:
     return replace(store, revision_ceiling=revision + REVISIONS_RESERVED)
 
 
+def _crc(members: dict[str, object]) -> int:
+    return crc32(json.dumps(members, sort_keys=True).encode())
+
+
 def _describe(owner: str) -> str:
     try:
-        fields = json.loads(owner)
-        addresses = ", ".join(fields["addresses"]) or "not listening yet"
-        return f"process {fields['pid']}, {addresses}"
+        found = json.loads(owner)
+        addresses = ", ".join(found["addresses"]) or "not listening yet"
+        return f"process {found['pid']}, {addresses}"
     except (ValueError, KeyError, TypeError):
         return "which is just starting"

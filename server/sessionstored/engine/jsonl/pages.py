@@ -1,0 +1,61 @@
+"""Page checksums of journal.db, by SQLite's own checksum VFS, which comes with apsw.
+
+Every page, in the database and in its write-ahead log, ends with 8 bytes of checksum that are verified on
+each read; a page that is not what was written is an I/O error, never a row less. So what no row's own
+checksum covers (the catalogue, the windows, every index) is covered, too.
+
+Knows SQLite's files only; nothing of rows.
+"""
+
+import ctypes
+from pathlib import Path
+
+import apsw
+import apsw.sqlite_extra
+
+CHECKSUM_VFS = "cksmvfs"
+DAMAGED = (apsw.IOError, apsw.CorruptError, apsw.NotADBError)
+"""What SQLite raises for a page that is not what was written."""
+_RESERVED_BYTES = 8
+_RESERVED_AT = 20
+"""Where a database's header says how many bytes of each page are reserved."""
+
+
+class ChecksumsMissingError(Exception):
+    """The installed apsw, or a database, has no page checksums."""
+
+
+def register() -> None:
+    """Make the VFS known to SQLite; once it is, it stays, and is the default of this process."""
+    if CHECKSUM_VFS in apsw.vfs_names():
+        return
+    db = apsw.Connection(":memory:")
+    try:
+        apsw.sqlite_extra.load(db, "cksumvfs")
+    except (LookupError, apsw.sqlite_extra.NotAvailable, apsw.Error) as error:
+        raise ChecksumsMissingError(
+            f"apsw {apsw.apsw_version()} comes without SQLite's checksum VFS ({error}): install its wheel"
+        ) from error
+    finally:
+        db.close()
+
+
+def reserve(db: apsw.Connection) -> None:
+    """Have a new database, which nothing was written to yet, keep room for checksums on each page."""
+    size = ctypes.c_int(_RESERVED_BYTES)
+    db.file_control("main", apsw.SQLITE_FCNTL_RESERVE_BYTES, ctypes.addressof(size))
+
+
+def check(database: Path) -> None:
+    """Make sure that the pages of a database have checksums. Raises ChecksumsMissingError."""
+    with database.open("rb") as file:
+        file.seek(_RESERVED_AT)
+        if file.read(1) != bytes([_RESERVED_BYTES]):
+            raise ChecksumsMissingError("its pages have no checksums")
+
+
+def describe(error: apsw.Error) -> str:
+    """An error of SQLite in words; its own for a wrong checksum are no more than "disk I/O error"."""
+    if getattr(error, "extendedresult", 0) == apsw.SQLITE_IOERR_DATA:
+        return "a page of it is not what was written (its checksum is wrong)"
+    return str(error)
