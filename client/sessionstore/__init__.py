@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         Appended,
         Head,
         Message,
+        ScrubStatus,
         ServerInfo,
         ServerLimits,
         Unseen,
@@ -42,7 +43,9 @@ if TYPE_CHECKING:
         UnavailableError,
     )
 
-_TYPES = ("REMOVE", "Appended", "Head", "Message", "ServerInfo", "ServerLimits", "Unseen", "Written")
+_TYPES = (
+    "REMOVE", "Appended", "Head", "Message", "ScrubStatus", "ServerInfo", "ServerLimits", "Unseen", "Written",
+)  # fmt: skip
 _ERRORS = (
     "AlreadyExistsError", "CallExpiredError", "ConflictError", "DataLossError", "DeadlineExceededError",
     "InternalError", "InvalidArgumentError", "LimitError", "NotFoundError", "OutcomeUnknownError",
@@ -60,8 +63,8 @@ _HOMES = {
 __all__ = [
     "REMOVE", "AlreadyExistsError", "Appended", "AsyncSessionHandle", "AsyncSessionStore",
     "CallExpiredError", "ConflictError", "DataLossError", "DeadlineExceededError", "Head", "InternalError",
-    "InvalidArgumentError", "LimitError", "Message", "NotFoundError", "OutcomeUnknownError", "ServerInfo",
-    "ServerLimits", "SessionHandle", "SessionStore", "SessionStoreError", "StorageFullError",
+    "InvalidArgumentError", "LimitError", "Message", "NotFoundError", "OutcomeUnknownError", "ScrubStatus",
+    "ServerInfo", "ServerLimits", "SessionHandle", "SessionStore", "SessionStoreError", "StorageFullError",
     "TooLargeError", "UnavailableError", "Unseen", "Written", "__version__",
 ]  # fmt: skip
 

@@ -22,6 +22,7 @@ from sessionstore._types import (
     Message,
     MessageInput,
     OrderBy,
+    ScrubStatus,
     ServerInfo,
     ServerLimits,
     Unseen,
@@ -226,6 +227,14 @@ def info() -> Operation[ServerInfo]:
             window_request_ids_max=limits.window_request_ids_max,
             window_age_max=limits.window_age_max.ToTimedelta(),
         ),
+        scrub=_scrub_of(reply.scrub) if reply.HasField("scrub") else None,
+    )
+
+
+def _scrub_of(status: pb.ScrubStatus) -> ScrubStatus:
+    ended = moment(status.last_pass_time) if status.HasField("last_pass_time") else None
+    return ScrubStatus(
+        status.bytes_verified, status.sessions_verified, status.sessions_damaged, status.passes, ended
     )
 
 

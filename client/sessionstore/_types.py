@@ -106,6 +106,20 @@ class ServerLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class ScrubStatus:
+    """What the daemon compared with checksums in the background, since it began to serve."""
+
+    bytes_verified: int
+    sessions_verified: int
+    """Sessions found whole, counted once a pass."""
+    sessions_damaged: int
+    """Sessions found damaged; they raise DataLossError, and are listed with their damage."""
+    passes: int
+    last_pass_time: datetime | None
+    """When the last whole pass ended; aware, UTC; None before the first."""
+
+
+@dataclass(frozen=True, slots=True)
 class ServerInfo:
     """What serves."""
 
@@ -120,3 +134,5 @@ class ServerInfo:
     """Aware, UTC."""
     session_count: int
     limits: ServerLimits
+    scrub: ScrubStatus | None
+    """None for an engine without checksums."""

@@ -151,6 +151,17 @@ class Config:
         minimum=0,
         maximum=1 << 40,
     )
+    scrub_bytes_per_s_max: int = _setting(
+        8 << 20,
+        "How fast the jsonl engine compares session files with their checksums in the background; 0: never. "
+        "A small file counts as 64 KiB.",
+        unit="bytes/s",
+        minimum=0,
+        maximum=1 << 40,
+    )
+    scrub_interval_s_min: float = _setting(
+        24 * 3600.0, "How often, at most, such a pass over all files begins.", unit="s", minimum=1
+    )
     concurrent_calls_max: int = _setting(
         4096,
         "Calls that are served at a time; what comes above is refused with RESOURCE_EXHAUSTED.",

@@ -1,9 +1,9 @@
 """From what the engine answers to what goes on the wire. Pure; knows protobuf, and no grpc."""
 
 from google.protobuf.timestamp_pb2 import Timestamp
-from sessionstore.v1 import session_pb2
+from sessionstore.v1 import session_pb2, session_store_pb2
 
-from sessionstored.engine import Reply
+from sessionstored.engine import Reply, Scrub
 from sessionstored.rules import Answer, Head
 
 
@@ -35,4 +35,17 @@ def result(answer: Answer, reply: Reply) -> session_pb2.WriteResult:
         last_consolidated=answer.last_consolidated,
         update_time=timestamp(answer.update_time_us),
         replayed=reply.replayed,
+    )
+
+
+def scrub(status: Scrub | None) -> session_store_pb2.ScrubStatus | None:
+    """What the background scrubber did; None, which leaves the field out, if there is none."""
+    if status is None:
+        return None
+    return session_store_pb2.ScrubStatus(
+        bytes_verified=status.bytes,
+        sessions_verified=status.sessions,
+        sessions_damaged=status.damaged,
+        passes=status.passes,
+        last_pass_time=timestamp(status.last_pass_us) if status.last_pass_us else None,
     )

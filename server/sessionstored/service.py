@@ -55,6 +55,7 @@ class SessionStoreServicer(session_store_pb2_grpc.SessionStoreServicer):
             start_time=replies.timestamp(self._start_time_us),
             session_count=await self._engine.count(),
             limits=self._limits_message(),
+            scrub=replies.scrub(self._engine.scrubbed()),
         )
 
     # Mutations.

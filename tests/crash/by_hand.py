@@ -13,7 +13,7 @@ from sessionstored.engine.jsonl import DEFAULT_TUNING, JsonlEngine, open_jsonl
 from sessionstored.engine.jsonl.disk import Disk
 from sessionstored.rules import Append, Refusal
 
-BY_HAND = replace(DEFAULT_TUNING, checkpoint_interval_s=3600)
+BY_HAND = replace(DEFAULT_TUNING, checkpoint_interval_s=3600, scrub_bytes_per_s_max=0)
 A, B, C, D = (b'{"role": "user", "content": "%s"}' % name for name in (b"a", b"b", b"c", b"d"))
 
 

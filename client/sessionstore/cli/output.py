@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from sessionstore._types import Head, ServerInfo
+from sessionstore._types import Head, ScrubStatus, ServerInfo
 from sessionstore.cli.conversation import Kind, Row, local_time, printable
 from sessionstore.cli.importing import Outcome, Result
 
@@ -110,11 +110,21 @@ def write_info(info: ServerInfo) -> None:
         ("answers kept", f"{limits.window_calls_max:,} per client, for {limits.window_age_max}"),
         ("request_ids kept", f"{limits.window_request_ids_max:,} per session"),
     ]
+    if info.scrub is not None:
+        entries.insert(6, ("scrubber", _scrub_line(info.scrub)))
     table = _table("", "")
     table.show_header = False
     for name, value in entries:
         table.add_row(Text(name, style="bold"), Text(printable(value)))
     console().print(table)
+
+
+def _scrub_line(scrub: ScrubStatus) -> str:
+    last = f", the last at {local_time(scrub.last_pass_time)}" if scrub.last_pass_time else ""
+    return (
+        f"{scrub.sessions_damaged:,} damaged, {scrub.sessions_verified:,} whole "
+        f"({scrub.bytes_verified:,} bytes), {scrub.passes:,} passes{last}"
+    )
 
 
 def write_report(results: Sequence[Result], total: int) -> None:

@@ -82,6 +82,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     START_TIME_FIELD_NUMBER: builtins.int
     SESSION_COUNT_FIELD_NUMBER: builtins.int
     LIMITS_FIELD_NUMBER: builtins.int
+    SCRUB_FIELD_NUMBER: builtins.int
     version: builtins.str
     """version is the daemon's version, as in its distribution."""
     store_id: builtins.str
@@ -102,6 +103,10 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     def limits(self) -> global___Limits:
         """limits are the bounds in force."""
 
+    @property
+    def scrub(self) -> global___ScrubStatus:
+        """scrub tells what was compared with checksums in the background; absent for an engine that does not do that."""
+
     def __init__(
         self,
         *,
@@ -112,11 +117,51 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         start_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         session_count: builtins.int = ...,
         limits: global___Limits | None = ...,
+        scrub: global___ScrubStatus | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["limits", b"limits", "start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["durability", b"durability", "engine", b"engine", "limits", b"limits", "session_count", b"session_count", "start_time", b"start_time", "store_id", b"store_id", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["limits", b"limits", "scrub", b"scrub", "start_time", b"start_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["durability", b"durability", "engine", b"engine", "limits", b"limits", "scrub", b"scrub", "session_count", b"session_count", "start_time", b"start_time", "store_id", b"store_id", "version", b"version"]) -> None: ...
 
 global___GetServerInfoResponse = GetServerInfoResponse
+
+@typing.final
+class ScrubStatus(google.protobuf.message.Message):
+    """ScrubStatus tells what the background scrubber did since this daemon process began to serve. It reads every session
+    file and compares it with its checksums, so that damage is found before somebody needs the session.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BYTES_VERIFIED_FIELD_NUMBER: builtins.int
+    SESSIONS_VERIFIED_FIELD_NUMBER: builtins.int
+    SESSIONS_DAMAGED_FIELD_NUMBER: builtins.int
+    PASSES_FIELD_NUMBER: builtins.int
+    LAST_PASS_TIME_FIELD_NUMBER: builtins.int
+    bytes_verified: builtins.int
+    """bytes_verified is how many bytes of session files were compared."""
+    sessions_verified: builtins.int
+    """sessions_verified is how many sessions were found whole, counted once a pass."""
+    sessions_damaged: builtins.int
+    """sessions_damaged is how many sessions were found damaged; they answer DATA_LOSS and are listed with `damage`."""
+    passes: builtins.int
+    """passes is how many times all sessions were gone through."""
+    @property
+    def last_pass_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """last_pass_time is when the last whole pass ended; absent before the first."""
+
+    def __init__(
+        self,
+        *,
+        bytes_verified: builtins.int = ...,
+        sessions_verified: builtins.int = ...,
+        sessions_damaged: builtins.int = ...,
+        passes: builtins.int = ...,
+        last_pass_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["last_pass_time", b"last_pass_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["bytes_verified", b"bytes_verified", "last_pass_time", b"last_pass_time", "passes", b"passes", "sessions_damaged", b"sessions_damaged", "sessions_verified", b"sessions_verified"]) -> None: ...
+
+global___ScrubStatus = ScrubStatus
 
 @typing.final
 class Limits(google.protobuf.message.Message):

@@ -96,6 +96,20 @@ class Page:
     more: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Scrub:
+    """What an engine compared with its checksums in the background, since it was opened."""
+
+    bytes: int
+    sessions: int
+    """Sessions found whole, counted once a pass."""
+    damaged: int
+    """Sessions found damaged; they answer DATA_LOSS."""
+    passes: int
+    last_pass_us: int
+    """When the last whole pass ended, microseconds since the epoch; 0 if none did."""
+
+
 class Engine(Protocol):
     """A store of sessions."""
 
@@ -140,6 +154,10 @@ class Engine(Protocol):
 
     async def count(self) -> int:
         """How many sessions there are."""
+        ...
+
+    def scrubbed(self) -> Scrub | None:
+        """What was compared with checksums in the background; None for an engine that has none."""
         ...
 
     def announce(self, addresses: Sequence[str]) -> None:

@@ -43,6 +43,8 @@ async def _open_jsonl(config: Config, accept_loss: bool) -> Engine:
         backlog_bytes_max=config.backlog_bytes_max,
         reserve_bytes=config.reserve_bytes_min,
         checkpoint_interval_s=config.checkpoint_s_max,
+        scrub_bytes_per_s_max=config.scrub_bytes_per_s_max,
+        scrub_interval_s=config.scrub_interval_s_min,
     )
     return await open_jsonl(
         Path(config.data),

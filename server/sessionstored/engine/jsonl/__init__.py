@@ -15,16 +15,18 @@ from typing import TypeVar
 
 import apsw
 
-from sessionstored.engine import Page, Query, Refused, Reply, Request, Slice
+from sessionstored.engine import Page, Query, Refused, Reply, Request, Scrub, Slice
 from sessionstored.engine.jsonl import pages
 from sessionstored.engine.jsonl.committer import STOPPING, Committer, Job, StaleFork
+from sessionstored.engine.jsonl.damage import confirm
 from sessionstored.engine.jsonl.disk import Disk
-from sessionstored.engine.jsonl.files import FileChanged, Region
+from sessionstored.engine.jsonl.files import FileChanged, Region, WrongBlock
 from sessionstored.engine.jsonl.forks import prepare
 from sessionstored.engine.jsonl.group import PreparedFork
 from sessionstored.engine.jsonl.listing import page
 from sessionstored.engine.jsonl.maintenance import Maintenance
 from sessionstored.engine.jsonl.opening import open_vault, start_error
+from sessionstored.engine.jsonl.scrubber import Scrubber
 from sessionstored.engine.jsonl.state import State
 from sessionstored.engine.jsonl.store import Directory
 from sessionstored.rules import (
@@ -65,6 +67,9 @@ class Tuning:
     """Free disk space that only deletions may use."""
     checkpoint_interval_s: float = 5.0
     backlog_wait_s: float = 5.0
+    scrub_bytes_per_s_max: int = 8 << 20
+    """How fast session files are compared with their checksums; 0: never."""
+    scrub_interval_s: float = 24 * 3600
 
 
 DEFAULT_TUNING = Tuning()
@@ -146,6 +151,12 @@ class JsonlEngine:
             on_fatal=self._on_fatal,
         )
         self._maintenance = Maintenance(self._vault, self._committer, interval_s=tuning.checkpoint_interval_s)
+        self._scrubber = Scrubber(
+            self._vault,
+            self._committer,
+            bytes_per_s_max=tuning.scrub_bytes_per_s_max,
+            pass_interval_s=tuning.scrub_interval_s,
+        )
         self._readers = ThreadPoolExecutor(4, thread_name_prefix="reader")
         self._copiers = ThreadPoolExecutor(2, thread_name_prefix="copier")
         self._queued_requests = self._queued_bytes = 0
@@ -160,6 +171,7 @@ class JsonlEngine:
             self._release()
             raise start_error(self._directory, error) from error
         self._maintenance.start()
+        self._scrubber.start()
 
     def _on_fatal(self, what: str) -> None:
         self._loop.call_soon_threadsafe(self._fail, what)
@@ -369,7 +381,13 @@ class JsonlEngine:
 
     async def _cold(self, state: State, region: Region, start: int, stop: int, max_bytes: int) -> list[bytes]:
         """Messages from a file. Raises FileChanged if it was written anew meanwhile."""
-        return await self._read(lambda: self._vault.read_cold(state, region, start, stop, max_bytes))
+        try:
+            return await self._read(lambda: self._vault.read_cold(state, region, start, stop, max_bytes))
+        except WrongBlock as wrong:
+            generation, block = wrong.generation, wrong.block
+            task = self._committer.run(lambda: confirm(self._vault, state.key, generation, block))
+            await asyncio.shield(asyncio.wrap_future(task))
+            raise
 
     async def _read(self, work: Callable[[], T]) -> T:
         try:
@@ -384,6 +402,10 @@ class JsonlEngine:
     async def count(self) -> int:
         """How many sessions there are."""
         return self._vault.session_count
+
+    def scrubbed(self) -> Scrub:
+        """What the scrubber verified since the start."""
+        return self._scrubber.status()
 
     async def failed(self) -> str:
         """Wait until storage has failed for good."""
@@ -401,6 +423,7 @@ class JsonlEngine:
 
     def _close(self) -> None:
         vault = self._vault
+        self._scrubber.stop()
         self._maintenance.stop()
         complete = False
         if not self._committer.failure:

@@ -62,6 +62,19 @@ def _mark_shortened(adopted: Entry, entry: Entry) -> None:
         adopted.bad_line = -1
 
 
+def confirm(vault: "Vault", key: str, generation: int, block: int) -> bool:
+    """Look again at a block that a reader found wrong, and condemn its session if it is.
+
+    For the committer's thread. Returns False if it was an edit, a rewrite, or is as it should be after all.
+    """
+    state = vault.state(key)  # somebody's edit of a clean file is adopted here
+    file = state.file
+    if state.head is None or state.refusal or file.generation != generation or block >= len(file.blocks.crcs):
+        return False
+    detail = vault.files.wrong_block(file.name, file.blocks, block)
+    return bool(detail) and condemn(vault, state, data_loss(key, file.name, 0, detail))
+
+
 def condemn(vault: "Vault", state: State, refusal: Refusal) -> bool:
     """Serve a damaged session no longer. What the journal has for it goes to quarantine.
 

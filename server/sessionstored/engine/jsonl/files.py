@@ -46,6 +46,14 @@ class FileChanged(Exception):
     """The file is not the one that the region speaks of: take a new region."""
 
 
+class WrongBlock(Refused):
+    """A block of a session file is not what was written."""
+
+    def __init__(self, region: Region, block: int, detail: str) -> None:
+        super().__init__(data_loss(region.key, region.file, 0, detail))
+        self.generation, self.block = region.owner.generation, block
+
+
 class SessionFiles:
     """The files below DATA/sessions."""
 
@@ -330,18 +338,19 @@ class SessionFiles:
         try:
             data = os.pread(fd, region.blocks.extent(block), block * BLOCK_BYTES)
         except OSError as error:
-            raise Refused(data_loss(region.key, region.file, 0, f"it cannot be read: {error}")) from error
+            raise WrongBlock(region, block, f"it cannot be read: {error}") from error
         if not region.blocks.check(block, data):
-            raise Refused(
-                data_loss(
-                    region.key,
-                    region.file,
-                    0,
-                    f"bytes {block * BLOCK_BYTES} to {block * BLOCK_BYTES + BLOCK_BYTES} do not match "
-                    "their checksum",
-                )
-            )
+            raise WrongBlock(region, block, _mismatch(block))
         return data
+
+    def wrong_block(self, name: str, blocks: Blocks, block: int) -> str:
+        """What is wrong with a block of a file; "" if nothing is."""
+        try:
+            with (self.sessions / name).open("rb") as file:
+                data = os.pread(file.fileno(), blocks.extent(block), block * BLOCK_BYTES)
+        except OSError as error:
+            return f"it cannot be read: {error}"
+        return "" if blocks.check(block, data) else _mismatch(block)
 
     # Setting aside.
 
@@ -363,6 +372,11 @@ class SessionFiles:
         """Whether a file still has the fingerprint that the catalogue knows. Raises FileNotFoundError."""
         stat = os.lstat(self.sessions / entry_file)
         return (stat.st_size, stat.st_ino, stat.st_mtime_ns) == (size, inode, mtime_ns)
+
+
+def _mismatch(block: int) -> str:
+    start = block * BLOCK_BYTES
+    return f"bytes {start} to {start + BLOCK_BYTES} do not match their checksum"
 
 
 def _missing(state: State, head: Head, lines: Sequence[bytes], fd: int) -> tuple[bytes, list[int], int]:
