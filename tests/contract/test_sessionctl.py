@@ -203,6 +203,19 @@ def test_export_of_one_session_to_stdout_and_to_a_directory_is_the_same(daemon, 
     assert [path.name for path in tmp_path.glob("*.jsonl")] == ["a_b.jsonl"]
 
 
+def test_metadata_of_an_adopted_file_that_utf8_cannot_write_is_told_as_an_escape(make_daemon, tmp_path):
+    (tmp_path / "data" / "sessions").mkdir(parents=True)
+    write(tmp_path / "data" / "sessions" / "half.jsonl", "half", *LINES, metadata={"cut": "\ud83d", "title": "東"})
+    write(tmp_path / "data" / "sessions" / "whole.jsonl", "whole", *LINES)
+    ctl = Ctl(make_daemon(tmp_path / "data", store="jsonl").start().address)
+    listed = [json.loads(line) for line in ctl.out("ls", "--json").splitlines()]
+    assert listed[0]["metadata"] == {"cut": "\ud83d", "title": "東"}
+    ctl.out("export", "--all", "--out", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["half.jsonl", "whole.jsonl"]
+    back = read_session(tmp_path / "out" / "half.jsonl")
+    assert back.metadata == {"cut": "\ud83d", "title": "東"}
+
+
 @pytest.mark.parametrize("arguments", [[], ["--all", "a:b", "--out", "x"], ["a", "b"], ["--all"]])
 def test_export_that_is_not_clear_is_refused(ctl, arguments):
     ctl.error(2, "export", *arguments)

@@ -117,7 +117,7 @@ def ls(store: SessionStore, prefix: str, order: str, limit: int | None, as_json:
         output.write_heads(heads)
         return
     for head in heads:
-        click.echo(output.head_json(head).encode())
+        click.echo(output.head_json(head))
 
 
 @sessionctl.command()

@@ -154,8 +154,15 @@ def compose(head: Head, lines: Sequence[bytes]) -> bytes:
         "metadata": head.metadata,
         "last_consolidated": head.last_consolidated,
     }
-    first = json.dumps(header, ensure_ascii=False).encode()
-    return b"\n".join([first, *lines, b""])
+    return b"\n".join([written(header), *lines, b""])
+
+
+def written(value: object) -> bytes:
+    """A value as JSON text in UTF-8. Half a surrogate pair, which an adopted file may hold, is an escape."""
+    try:
+        return json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return json.dumps(value).encode()
 
 
 def plain_name(key: str) -> str:

@@ -5,7 +5,6 @@ know of the daemon.
 """
 
 import io
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ from rich.text import Text
 
 from sessionstore._types import Head, ScrubStatus, ServerInfo
 from sessionstore.cli.conversation import Kind, Row, local_time, printable
+from sessionstore.cli.files import written
 from sessionstore.cli.importing import Outcome, Result
 
 _STYLES: dict[Kind, str] = {
@@ -77,8 +77,8 @@ def write_heads(heads: Iterable[Head]) -> None:
         out.print(line, soft_wrap=True)
 
 
-def head_json(head: Head) -> str:
-    """A head as one line of JSON. Times are ISO 8601 in UTC."""
+def head_json(head: Head) -> bytes:
+    """A head as one line of JSON, without its end. Times are ISO 8601 in UTC."""
     fields = {
         "key": head.key,
         "revision": head.revision,
@@ -89,7 +89,7 @@ def head_json(head: Head) -> str:
         "update_time": head.update_time.isoformat(),
         "damage": head.damage,
     }
-    return json.dumps(fields, ensure_ascii=False)
+    return written(fields)
 
 
 def write_info(info: ServerInfo) -> None:
