@@ -163,6 +163,17 @@ def test_rm_removes_only_when_told_so(daemon, ctl):
     assert list(daemon.stub.ListSessions(v1.ListSessionsRequest()).sessions) == []
 
 
+@pytest.mark.parametrize("arguments", [["append", "a"], ["rm", "a"]])
+def test_without_a_stdin_there_is_nobody_to_ask(daemon, ctl, arguments):
+    put(daemon, "a")
+    shell = ["sh", "-c", 'exec "$0" "$@" <&-', str(COMMAND), "--target", ctl.target, *arguments]
+    done = subprocess.run(shell, env=clean_environment(), capture_output=True, check=False, timeout=30)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"there is no" in done.stderr
+    assert b"Traceback" not in done.stderr
+    assert stored(daemon, "a") == LINES
+
+
 def test_errors_are_one_line(ctl):
     nobody = ctl.error(1, "ls", "--target", "127.0.0.1:1", "--timeout", "0.3")
     assert nobody.count("\n") == 1
@@ -172,6 +183,17 @@ def test_errors_are_one_line(ctl):
     assert ctl.error(1, "ls", "--target", "nonsense").count("\n") == 1
     assert "no session has the key 'x'" in ctl.error(1, "show", "x")
     assert ctl.error(2, "ls", "--order", "size")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["show"], ["append", "{}"], ["export"], ["export", "--out", "x"], ["rm", "--yes"]]
+)
+def test_a_key_that_is_no_utf8_is_one_line(ctl, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    command, *others = arguments
+    said = ctl.error(1, command, "\udcff", *others)
+    assert said.startswith("sessionctl: key holds half of a surrogate pair")
+    assert said.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------- export
@@ -204,9 +226,10 @@ def test_export_of_one_session_to_stdout_and_to_a_directory_is_the_same(daemon, 
 
 
 def test_metadata_of_an_adopted_file_that_utf8_cannot_write_is_told_as_an_escape(make_daemon, tmp_path):
-    (tmp_path / "data" / "sessions").mkdir(parents=True)
-    write(tmp_path / "data" / "sessions" / "half.jsonl", "half", *LINES, metadata={"cut": "\ud83d", "title": "東"})
-    write(tmp_path / "data" / "sessions" / "whole.jsonl", "whole", *LINES)
+    sessions = tmp_path / "data" / "sessions"
+    sessions.mkdir(parents=True)
+    write(sessions / "half.jsonl", "half", *LINES, metadata={"cut": "\ud83d", "title": "東"})
+    write(sessions / "whole.jsonl", "whole", *LINES)
     ctl = Ctl(make_daemon(tmp_path / "data", store="jsonl").start().address)
     listed = [json.loads(line) for line in ctl.out("ls", "--json").splitlines()]
     assert listed[0]["metadata"] == {"cut": "\ud83d", "title": "東"}
@@ -287,6 +310,13 @@ def test_a_second_import_stores_nothing_twice_and_overwrites_nothing(daemon, ctl
     assert (found["already there"], found["different in the store, left alone"]) == (4, 1)
     assert "the store has 4 messages, the file 3" in done.stdout.decode()
     assert list(daemon.stub.ListSessions(v1.ListSessionsRequest()).sessions) == before
+
+
+def test_a_refused_key_is_not_blamed_on_a_message(ctl, tmp_path):
+    write(tmp_path / "nul.jsonl", "a\0b", *LINES)
+    report = ctl("import", tmp_path).stdout.decode()
+    assert "refused by the store" in report
+    assert re.search(r"  key holds the control character U\+0000", report)
 
 
 def test_an_import_of_healthy_files_ends_well_and_of_none_does_not(ctl, workspace, tmp_path):

@@ -180,7 +180,8 @@ def _lines(messages: Sequence[str], role: str | None, content: str | None) -> li
         return [codec.encode({"role": role, "content": content})]
     if messages:
         return [_line(text, index) for index, text in enumerate(messages)]
-    lines = [line.strip() for line in sys.stdin.buffer]
+    # A process can be started without a stdin; Python then has None in its place.
+    lines = [line.strip() for line in sys.stdin.buffer] if sys.stdin else []
     lines = [line for line in lines if line]
     if not lines:
         raise click.UsageError("there is no message: give some as arguments, or one per line on stdin")
@@ -275,7 +276,7 @@ def import_(store: SessionStore, directory: Path) -> None:
 def rm(store: SessionStore, keys: Sequence[str], yes: bool) -> None:
     """Remove sessions and their messages, for good."""
     if not yes:
-        if not sys.stdin.isatty():
+        if not sys.stdin or not sys.stdin.isatty():
             raise click.UsageError("there is nobody to ask: give --yes")
         named = ", ".join(printable(key) for key in keys)
         click.confirm(f"Remove {named}, for good?", abort=True, err=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sessionstore._operations import Held, read
+from sessionstore._operations import Held, read, text
 from sessionstore.cli.files import compose, name_for, plain_name
 from sessionstore.client import SessionStore
 from sessionstore.errors import DataLossError, NotFoundError, error_for
@@ -42,12 +42,12 @@ def export(store: SessionStore, keys: Iterable[str], directory: Path) -> Iterato
     """Write each session to a file of its own in ``directory``, which is made if it is missing.
 
     A session that cannot be read, or whose file is there already, gives a problem and does not stop the rest.
-    Raises OSError if the directory cannot be written.
+    Raises OSError if the directory cannot be written, InvalidArgumentError for a key that is no key.
     """
     directory.mkdir(parents=True, exist_ok=True)
     taken: set[str] = set()
     for key in keys:
-        path = directory / name_for(key, taken)
+        path = directory / name_for(text("key", key, "KEY_INVALID"), taken)
         try:
             data, count, damage = session_bytes(store, key)
             _write_new(path, data)

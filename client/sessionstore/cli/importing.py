@@ -142,7 +142,9 @@ def _import(store: SessionStore, path: Path, shared_with: Sequence[Path], limits
     except DataLossError as error:
         return source.result(Outcome.DIFFERENT, f"the session in the store is damaged: {error}")
     except InvalidArgumentError as error:
-        known = error.index is not None and 0 <= error.index < len(content.numbers)
+        # Of a refused key, the index is that of a character.
+        of_message = error.reason.startswith("MESSAGE_") and error.index is not None
+        known = of_message and 0 <= (error.index or 0) < len(content.numbers)
         where = f"line {content.numbers[error.index or 0]}: " if known else ""
         return source.result(Outcome.REFUSED, f"{where}{error}")
 
