@@ -132,28 +132,35 @@ def _log_to_stderr(level: str) -> None:
     "--target",
     metavar="ADDR",
     envvar="SESSIONSTORE_TARGET",
-    help="Address to ask.  [default: $SESSIONSTORE_TARGET, else the first that is configured to be served]",
+    help="Address to ask, or a comma list, asked in turn.  "
+    "[default: $SESSIONSTORE_TARGET, else the first that is configured to be served]",
 )
 def health(target: str | None) -> None:
     """Ask a daemon whether it serves (grpc.health.v1). Exits with 0 if it does, else with 1."""
-    asked = target or _default_target()
+    targets = [part.strip() for part in (target or _default_target()).split(",")]
+    sys.exit(0 if any(_serves(asked) for asked in targets if asked) else 1)
+
+
+def _serves(asked: str) -> bool:
+    """Ask one daemon, and tell what it said."""
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     from sessionstored.service import SERVICE
 
     try:
-        with grpc.insecure_channel(asked) as channel:
+        # A daemon is not behind a web proxy, whatever http_proxy says.
+        with grpc.insecure_channel(asked, [("grpc.enable_http_proxy", 0)]) as channel:
             reply = health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(service=SERVICE), timeout=_HEALTH_TIMEOUT_S
             )
     except grpc.RpcError as error:
         click.echo(f"{asked}: {error.code().name}: {error.details()}", err=True)
-        sys.exit(1)
+        return False
     state = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
-    serving = reply.status == health_pb2.HealthCheckResponse.SERVING
+    serving: bool = reply.status == health_pb2.HealthCheckResponse.SERVING
     click.echo(f"{asked}: {SERVICE} is {state}", err=not serving)
-    sys.exit(0 if serving else 1)
+    return serving
 
 
 def _default_target() -> str:

@@ -264,6 +264,18 @@ def test_the_health_command(shared_daemon):
     assert by_target.stdout == by_listen.stdout == done.stdout
 
 
+def test_the_health_command_asks_no_web_proxy(shared_daemon):
+    done = command("health", "--target", shared_daemon.address, http_proxy="http://127.0.0.1:1")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_health_command_takes_a_list_as_clients_do(shared_daemon, short_path):
+    done = command("health", SESSIONSTORE_TARGET=f"unix:{short_path}/nobody, {shared_daemon.address}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{shared_daemon.address}: {SERVICE} is SERVING\n"
+    assert f"unix:{short_path}/nobody: UNAVAILABLE" in done.stderr
+
+
 def test_the_health_command_names_whom_it_asked_in_vain(short_path):
     done = command("health", "--target", f"unix:{short_path}/nobody")
     assert (done.returncode, done.stdout) == (1, "")
