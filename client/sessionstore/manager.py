@@ -135,7 +135,7 @@ class SessionManager(Forkable):
         """
         ops.text("key", key, "KEY_INVALID")
         with self._lock:
-            session = self._live.get(key)
+            session = self._known(key)
         if session is not None:
             record = self._record(session)
             with record.lock:
@@ -145,7 +145,7 @@ class SessionManager(Forkable):
         record = Record(key, self._reference(made))
         first_read(made, record, self._store._driver.run(ops.read(Held(key))))
         with self._lock:
-            session = self._live.get(key)
+            session = self._known(key)
             if session is None:  # else another thread was quicker
                 session = self._live[key] = made
                 self._records[id(made)] = record
@@ -198,6 +198,11 @@ class SessionManager(Forkable):
         ]
 
     # ---------------------------------------------------------------------------------- objects and records
+
+    def _known(self, key: str) -> Session | None:
+        """The object of a key; one that was given another key since is not it."""
+        session = self._live.get(key)
+        return session if session is not None and session.key == key else None
 
     def _record(self, session: Session) -> Record:
         """What is known of an object: nothing yet of a new one, or of one that got another key."""

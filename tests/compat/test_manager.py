@@ -197,6 +197,13 @@ def test_an_object_saved_under_another_key_is_a_copy(
     session.key = key + "/copy"
     here.save(session)
     assert texts(store.session(key).messages) == texts(store.session(key + "/copy").messages) == ["1"]
+    again = here.get_or_create(key)
+    assert (again.key, again is session) == (key, False)
+    assert here.get_or_create(key + "/copy") is session
+    again.add_message("user", "2")
+    here.save(again)
+    assert texts(store.session(key).messages) == ["1", "2"]
+    assert texts(store.session(key + "/copy").messages) == ["1"]
 
 
 def test_list_sessions_gives_the_last_updated_first(
