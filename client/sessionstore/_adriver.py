@@ -124,7 +124,7 @@ class AsyncDriver:
     """What runs the operations of one async client."""
 
     def __init__(self, targets: tuple[str, ...], timeout_s: float) -> None:
-        self.guard = threading.Lock()  # never waited for: handles take it around plain computation
+        self.guard = threading.RLock()  # never waited for: handles take it around plain computation
         self._targets = targets
         self._timeout_s = timeout_s
         self._pid = os.getpid()

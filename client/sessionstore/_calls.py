@@ -131,9 +131,11 @@ class Window:
             if full and call.under_way:
                 return None
             del self._open[lowest]
-        self._last += 1
-        self._open[self._last] = _Open(now_s)
-        return Ticket(self, self._last, next(iter(self._open)) - 1, now_s)
+        call = _Open(now_s)
+        # No function is called in between, so no signal handler makes a call of the same number.
+        self._last = sequence = self._last + 1
+        self._open[sequence] = call
+        return Ticket(self, sequence, next(iter(self._open)) - 1, now_s)
 
     def mark(self, sequence: int, *, under_way: bool) -> None:
         """Note whether an open call is being sent, or merely lies open."""

@@ -155,7 +155,7 @@ class Driver(Forkable):
         watch(self)
 
     def _begin(self) -> None:
-        self.guard = threading.Lock()
+        self.guard = threading.RLock()  # a signal handler must not wait for the thread that it interrupted
         self._changed = threading.Condition()
         self._window = Window()
         self._under_way = 0

@@ -6,9 +6,8 @@ once, not from another thread's loop, and not after a fork. Cancelling a task du
 whether the change was applied; only `expected_revision` or `request_id` can.
 """
 
-import threading
 from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from datetime import datetime
 from types import TracebackType
 from typing import Self
@@ -48,7 +47,7 @@ class AsyncSessionStore:
         await self._driver.close()
 
     @property
-    def _guard(self) -> threading.Lock:
+    def _guard(self) -> AbstractContextManager[bool]:
         return self._driver.guard
 
     async def session(self, key: str) -> "AsyncSessionHandle":

@@ -3,9 +3,8 @@
 Thin: `_operations` and `session` know what, `_driver` waits.
 """
 
-import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from types import TracebackType
 from typing import Self
@@ -59,7 +58,7 @@ class SessionStore:
         self._driver.close()
 
     @property
-    def _guard(self) -> threading.Lock:
+    def _guard(self) -> AbstractContextManager[bool]:
         return self._driver.guard
 
     def session(self, key: str) -> "SessionHandle":

@@ -8,6 +8,8 @@ A handle holds a snapshot: head and messages of one revision. The rules:
   between, the missing tail (or, after a rewrite, everything) is read, so that the snapshot contains the
   own write. If that read fails, the write still counts and is returned; the snapshot stays where it was
   until the next write or refresh.
+* A signal handler can interrupt a thread while it moves a snapshot. Its own writes through that handle then
+  count as well, and its snapshot stays as if their read had failed.
 * The messages are kept as the lines that the daemon stores, and read into dicts when somebody looks. So a
   caller who changes a dict of the snapshot against the rules can damage what they see, and never what is
   stored.
@@ -16,8 +18,8 @@ Operations on a handle are generators, as in `_operations`. This module must not
 schedules or event loops; it takes a lock only around plain computation.
 """
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -59,7 +61,7 @@ class Owner(Protocol):
     """What a handle needs of its client, besides running operations."""
 
     @property
-    def _guard(self) -> threading.Lock: ...
+    def _guard(self) -> AbstractContextManager[bool]: ...
 
 
 class BaseHandle:
@@ -69,6 +71,7 @@ class BaseHandle:
         self._owner = owner
         self._snapshot = snapshot
         self._decoded: tuple[Lines, tuple[Message, ...]] = (Lines([], 0), ())
+        self._mover: AbstractContextManager[bool] | None = None
 
     def __repr__(self) -> str:
         at = self._snapshot
@@ -161,11 +164,25 @@ class BaseHandle:
 
     # ----------------------------------------------------------------------------- moving the snapshot
 
+    @contextmanager
+    def _moving(self) -> Iterator[bool]:
+        """Hold the snapshot against other threads; False if this very thread was interrupted doing so."""
+        guard = self._owner._guard
+        with guard:
+            if self._mover is guard:  # else it is None, or that of a thread that was not forked along
+                yield False
+                return
+            self._mover = guard
+            try:
+                yield True
+            finally:
+                self._mover = None
+
     def _applied(self, result: session_pb2.WriteResult, effect: EffectOn) -> bool:
         """Advance by an own change; False if others wrote in between and a read is needed."""
-        with self._owner._guard:
+        with self._moving() as alone:
             before = self._snapshot
-            if result.revision <= before.seen:
+            if not alone or result.revision <= before.seen:
                 return True
             if result.previous_revision != before.revision:
                 return False
@@ -174,8 +191,10 @@ class BaseHandle:
 
     def _read(self, before: Snapshot, tail: Tail | None) -> None:
         """Take what a read gave to one who held `before`, unless it is older than what is known by now."""
-        with self._owner._guard:
+        with self._moving() as alone:
             now = self._snapshot
+            if not alone:
+                return
             if tail is not None and tail.head.revision > now.seen:
                 self._snapshot = joined(before, tail)
             elif tail is not None and tail.head.revision == now.revision:
@@ -310,8 +329,8 @@ class BaseHandle:
 
     def _delete(self, expected_revision: int | None, request_id: str | None) -> Operation[Written]:
         def finish(reply: pb.DeleteSessionResponse) -> Operation[Written]:
-            with self._owner._guard:
-                if reply.result.revision > self._snapshot.seen:
+            with self._moving() as alone:
+                if alone and reply.result.revision > self._snapshot.seen:
                     self._snapshot = absent(self.key, reply.result.revision)
             return ops.done(ops.written(reply.result))
 

@@ -5,6 +5,7 @@ import gc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sessionstore import _calls
 from sessionstore import _operations as ops
 from sessionstore._calls import AGE_MAX_S, CALLS_MAX, Attempts, Ticket, Window, age_clock
 from sessionstore.errors import LimitError, NotFoundError, OutcomeUnknownError, error_for
@@ -32,6 +33,23 @@ def test_answered_through_is_the_highest_without_an_open_call_below() -> None:
     assert begun(window).answered_through == 2
     third.settle(None)
     assert begun(window).answered_through == 3
+
+
+def test_a_call_that_a_signal_handler_makes_meanwhile_has_another_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    window, inner = Window(), []
+    made = _calls._Open
+
+    def interrupted(now_s: float) -> object:
+        monkeypatch.setattr(_calls, "_Open", made)
+        inner.append(begun(window))
+        return made(now_s)
+
+    monkeypatch.setattr(_calls, "_Open", interrupted)
+    outer = begun(window)
+    assert sorted([outer.sequence, inner[0].sequence]) == [1, 2]
+    assert [outer.answered_through, inner[0].answered_through] == [0, 0]
 
 
 def test_an_unknown_call_is_open_while_its_ticket_lives() -> None:

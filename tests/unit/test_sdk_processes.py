@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from daemons import Daemon, clean_environment
-from sessionstore import AsyncSessionStore, SessionStore
+from sessionstore import AsyncSessionStore, SessionStore, session
 
 TESTS = str(Path(__file__).parent.parent)
 
@@ -232,3 +232,34 @@ def test_ctrl_c_leaves_a_write_unknown_and_the_client_usable(shared_daemon: Daem
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     assert output(process) in ("interrupted\n[0, 1, 2]\n", "interrupted\n[0, 2]\n")
+
+
+@pytest.mark.timeout(30)
+def test_a_signal_handler_may_write_whatever_it_interrupts(
+    shared_daemon: Daemon, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here it interrupts a thread that is just moving a snapshot, through the same handle and another one."""
+    with SessionStore(shared_daemon.address, timeout=20) as store:
+        handle, other = store.session(key), store.session(key + "/other")
+        advanced = session.advanced
+
+        def interrupted(*arguments: Any) -> Any:
+            monkeypatch.setattr(session, "advanced", advanced)
+            signal.raise_signal(signal.SIGUSR1)
+            return advanced(*arguments)
+
+        def handler(*_: object) -> None:
+            other.append({"by": "handler"})
+            handle.append({"by": "handler"})
+
+        before = signal.signal(signal.SIGUSR1, handler)
+        try:
+            monkeypatch.setattr(session, "advanced", interrupted)
+            handle.append({"by": "main"})
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        assert other.messages == ({"by": "handler"},)
+        assert handle.messages == ({"by": "main"},)
+        assert handle.refresh().messages == ({"by": "main"}, {"by": "handler"})
+        handle.append({"by": "main again"})
+        assert handle.message_count == 3

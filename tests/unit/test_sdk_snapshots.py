@@ -19,7 +19,7 @@ SOME = st.lists(st.sampled_from([{"n": n} for n in range(4)]), max_size=7)
 
 class Owner:
     def __init__(self) -> None:
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()
 
 
 def head(revision: int, count: int) -> Head:
