@@ -6,10 +6,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from crash.by_hand import BY_HAND, A, B, C, D, crashed, opened, quiet, refusal, round_of
+from crash.by_hand import BY_HAND, A, B, C, D, crashed, opened, quiet, refusal, round_of, says
 from engines import done, lines, one, request
 from sessionstored.engine import Refused
-from sessionstored.rules import Answer, Append, Create, Fork, Limits, Pop, Refusal, Replace, Update
+from sessionstored.rules import (
+    Answer,
+    Append,
+    Create,
+    Delete,
+    Fork,
+    Limits,
+    Pop,
+    Refusal,
+    Replace,
+    Update,
+)
 
 BIG = b'{"content": "%s"}' % (b"x" * 400)
 
@@ -212,3 +223,28 @@ async def test_a_fork_is_created_when_it_is_made_also_in_its_file(tmp_path: Path
         forked = await done(engine, Fork("f", "k"))
         assert isinstance(forked, Answer)
     assert '"created_at": "1970' not in file_of(tmp_path, "f").read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize("foreign", [True, False])
+async def test_a_file_in_the_place_of_a_deleted_one_may_be_another_sessions(tmp_path: Path, foreign: bool):
+    async with opened(tmp_path / "data") as engine:
+        await done(engine, Append("gone", [A]))
+        await done(engine, Append("x", [B]))
+        assert await round_of(engine)
+        await done(engine, Append("gone", [A]))
+        await done(engine, Delete("gone"))
+        copy = await crashed(engine, tmp_path / "copy")
+    if foreign:
+        file_of(copy, "x").unlink()
+        file_of(copy, "gone").write_bytes(b'{"_type": "metadata", "key": "y"}\n' + B + b"\n")
+    else:
+        file_of(copy, "x").rename(file_of(copy, "gone"))
+    key = "y" if foreign else "x"
+    async with opened(copy) as engine:
+        again = await crashed(engine, tmp_path / "again")
+        await says(engine, key, B)
+        await says(engine, "gone")
+        assert await lines(engine, key) == [B, D]
+    async with opened(again) as engine:
+        await says(engine, key, B)
+        await says(engine, "gone")

@@ -233,6 +233,7 @@ class Recovery:
         with vault.lock:
             vault.cached(state, state.cached_bytes)
         if state.head is None:
+            file.name = ""  # another session may have it by now
             return
         if state.bad is not None:
             if not condemn(vault, state, state.bad):
@@ -303,6 +304,7 @@ class Recovery:
             entry = self._adopt(name)
             if entry is None or self._claimed(entry, adopted):
                 continue
+            self._make_way(entry)
             adopted[entry.head.key] = entry
             if len(adopted) == _ENTRIES_PER_TRANSACTION:
                 self._put(adopted)
@@ -351,6 +353,14 @@ class Recovery:
             with vault.lock:
                 state.claimed = refusal
         return True
+
+    def _make_way(self, entry: Entry) -> None:
+        """Take its file's name from a deleted session, whose catalogue row stays until the checkpoint."""
+        journal = self._vault.journal
+        former = journal.entry_of_file(entry.file)
+        if former is not None and former.head.key != entry.head.key:
+            former.file = temporary_name(former.file, former.generation)
+            journal.put_entries([former])
 
     def _put(self, adopted: dict[str, Entry]) -> None:
         vault = self._vault
