@@ -248,3 +248,19 @@ async def test_a_file_in_the_place_of_a_deleted_one_may_be_another_sessions(tmp_
     async with opened(again) as engine:
         await says(engine, key, B)
         await says(engine, "gone")
+
+
+@pytest.mark.parametrize(
+    "time", ["0001-01-01T00:00:00+05:00", "9999-12-31T23:59:59-05:00", "9999-12-31T23:59:59.999999+00:00"]
+)
+async def test_a_header_at_the_end_of_time_harms_nobody(tmp_path: Path, time: str):
+    (tmp_path / "sessions").mkdir()
+    header = f'{{"_type": "metadata", "key": "k", "created_at": "{time}", "updated_at": "{time}"}}\n'
+    file_of(tmp_path, "k").write_bytes(header.encode() + A + b"\n")
+    async with opened(tmp_path) as engine:
+        await done(engine, Update("k", b'{"v": 1}'))
+        await done(engine, Pop("k"))
+        await round_of(engine)
+    async with opened(tmp_path) as engine:
+        await done(engine, Append("k", [B]))
+        assert await lines(engine, "k") == [B]

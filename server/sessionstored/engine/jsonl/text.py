@@ -9,12 +9,13 @@ naive ones are local.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from sessionstored.engine.jsonl.blocks import Blocks
 from sessionstored.rules import EMPTY_METADATA, Head, split_members
 
 BOM = b"\xef\xbb\xbf"
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(slots=True)
@@ -137,11 +138,10 @@ def _iso(time_us: int) -> str:
 
 
 def _time_us(text: object) -> int | None:
-    """Microseconds since the epoch of an ISO time; a naive one is local."""
+    """Microseconds since the epoch of an ISO time of the years 1 to 9999 in UTC; a naive one is local."""
     if not isinstance(text, str):
         return None
     try:
-        moment = datetime.fromisoformat(text)
-        return round(moment.timestamp() * 1_000_000)
+        return (datetime.fromisoformat(text).astimezone(UTC) - _EPOCH) // timedelta(microseconds=1)
     except (ValueError, OverflowError, OSError):
         return None
