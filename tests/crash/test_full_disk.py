@@ -1,6 +1,7 @@
 """A full disk refuses and heals: nothing acknowledged is lost or doubled, deletions go on, no restart."""
 
 import asyncio
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +136,27 @@ async def test_a_session_that_is_behind_is_deleted_and_made_again(fast_path: Pat
         disk.room = None
         await round_of(engine)
         await says(engine, "k", B)
+
+
+@pytest.mark.parametrize("room", [0, 20, 200])
+async def test_a_deleted_session_of_which_a_part_was_written_does_not_come_back(
+    fast_path: Path, room: int
+) -> None:
+    disk = Liar()
+    async with opened(fast_path / "data", disk, tuning=WITHOUT_RESERVE) as engine:
+        disk.room = room
+        await done(engine, Append("k", [A, B]))
+        await quiet(engine)
+        copy_before = await crashed(engine, fast_path / "before")
+        await done(engine, Delete("k"))
+        copy = await crashed(engine, fast_path / "copy")
+        shutil.copy(copy_before / "sessions" / "k.jsonl", copy / "sessions")
+        disk.room = None
+    for data in (fast_path / "data", copy):
+        async with opened(data) as engine:
+            assert not list((data / "sessions").iterdir())
+            assert not list((data / "quarantine").iterdir())
+            await says(engine, "k")
 
 
 async def test_the_engine_stops_on_a_full_disk_and_loses_nothing(fast_path: Path) -> None:

@@ -362,8 +362,9 @@ class Vault:
         self.release_name(entry.file)
 
     def files_of(self, state: State) -> list[str]:
-        """The files that go with a session when it is deleted."""
-        return self.claims.get(state.key) or ([state.file.name] if state.file.exists else [])
+        """The files that go with a session when it is deleted; also one of which only a part was written."""
+        file = state.file
+        return self.claims.get(state.key) or ([file.name] if file.exists or file.torn_write else [])
 
     def drop(self, state: State, revision: int) -> None:
         """A session is deleted: forget its messages; `settle_files` removes its file. Hold the lock."""
