@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from crash.by_hand import BY_HAND, A, B, C, D, crashed, opened, quiet, refusal, round_of, says
-from engines import done, lines, one, request
+from engines import done, lines, one, request, submit
 from sessionstored.engine import Refused
 from sessionstored.rules import (
     Answer,
@@ -29,16 +29,20 @@ def file_of(data: Path, key: str) -> Path:
     return data / "sessions" / f"{key}.jsonl"
 
 
-async def test_a_cancelled_read_of_a_damaged_session_does_not_end_the_committer(tmp_path: Path):
-    async with opened(tmp_path) as engine:
-        await done(engine, Append("k", [A] * 3_000))
-        assert await round_of(engine)
-    file = file_of(tmp_path, "k")
+def damage_second_block(file: Path) -> None:
+    """One bit, as a disk would flip it: no fingerprint tells."""
     stat = file.stat()
     damaged = bytearray(file.read_bytes())
     damaged[70_000] ^= 1
     file.write_bytes(damaged)
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+async def test_a_cancelled_read_of_a_damaged_session_does_not_end_the_committer(tmp_path: Path):
+    async with opened(tmp_path) as engine:
+        await done(engine, Append("k", [A] * 3_000))
+        assert await round_of(engine)
+    damage_second_block(file_of(tmp_path, "k"))
     async with opened(tmp_path) as engine:
         for _ in range(50):
             reading = asyncio.create_task(lines(engine, "k"))
@@ -264,3 +268,26 @@ async def test_a_header_at_the_end_of_time_harms_nobody(tmp_path: Path, time: st
     async with opened(tmp_path) as engine:
         await done(engine, Append("k", [B]))
         assert await lines(engine, "k") == [B]
+
+
+async def test_a_fork_that_is_sent_again_gets_its_answer_though_its_source_is_damaged_now(tmp_path: Path):
+    async with opened(tmp_path) as engine:
+        await done(engine, Append("k", [A] * 3_000))
+        assert await round_of(engine)
+        first = await one(engine, request(Fork("f", "k"), 1))
+        assert isinstance(first.outcome, Answer)
+    damage_second_block(file_of(tmp_path, "k"))
+    async with opened(tmp_path) as engine:
+        again = await one(engine, request(Fork("f", "k"), 1))
+        assert (again.outcome, again.replayed) == (first.outcome, True)
+
+
+async def test_a_fork_of_a_damaged_session_refuses_its_own_request_only(tmp_path: Path):
+    async with opened(tmp_path) as engine:
+        await done(engine, Append("k", [A] * 3_000))
+        assert await round_of(engine)
+    damage_second_block(file_of(tmp_path, "k"))
+    async with opened(tmp_path) as engine:
+        outcomes = await submit(engine, Append("other", [A]), Fork("f", "k"), Append("other", [B]))
+        assert [getattr(outcome, "reason", "") for outcome in outcomes] == ["", "DATA_LOSS", ""]
+        assert await lines(engine, "other") == [A, B]

@@ -159,6 +159,16 @@ async def test_a_deleted_session_of_which_a_part_was_written_does_not_come_back(
             await says(engine, "k")
 
 
+async def test_a_fork_that_is_sent_again_gets_its_answer_though_there_is_no_room_now(fast_path: Path) -> None:
+    disk = Liar()
+    async with opened(fast_path, disk) as engine:
+        await done(engine, Append("k", [A]))
+        first = await one(engine, request(Fork("f", "k"), 1))
+        disk.room = 0
+        again = await one(engine, request(Fork("f", "k"), 1))
+        assert (again.outcome, again.replayed) == (first.outcome, True)
+
+
 async def test_the_engine_stops_on_a_full_disk_and_loses_nothing(fast_path: Path) -> None:
     disk = Liar()
     async with opened(fast_path, disk, tuning=WITHOUT_RESERVE) as engine:

@@ -200,7 +200,12 @@ class JsonlEngine:
                 replies += await self._submit([request])
         return replies
 
-    async def _submit(self, requests: Sequence[Request], fork: PreparedFork | None = None) -> Sequence[Reply]:
+    async def _submit(
+        self,
+        requests: Sequence[Request],
+        fork: PreparedFork | None = None,
+        obstacle: Refusal | None = None,
+    ) -> Sequence[Reply]:
         pinned: list[State] = []
         queued = False
         try:
@@ -216,7 +221,7 @@ class JsonlEngine:
             def done(job: Job) -> None:
                 self._loop.call_soon_threadsafe(self._answer, future, job)
 
-            self._committer.put(Job(requests, size, done, fork))
+            self._committer.put(Job(requests, size, done, fork, obstacle))
             queued = True
             return await future
         finally:
@@ -310,6 +315,8 @@ class JsonlEngine:
             except asyncio.CancelledError:
                 preparing.add_done_callback(self._abandon)
                 raise
+            except Refused as refused:  # a copy of a call that was answered gets its answer all the same
+                return await self._submit([request], obstacle=refused.refusal)
             except OSError as error:
                 self._committer.fail(f"{type(error).__name__}: {error}")
                 raise Refused(STOPPING) from error

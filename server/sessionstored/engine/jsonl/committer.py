@@ -51,6 +51,8 @@ class Job:
     size: int
     done: Callable[["Job"], None]
     fork: PreparedFork | None = None
+    obstacle: Refusal | None = None
+    """Why nothing new can be decided: what a fork copies cannot be read, or finds no room."""
     replies: Sequence[Reply] = ()
     error: Exception | None = None
 
@@ -256,12 +258,12 @@ class Committer:
         for job in jobs:
             replies = []
             for request in job.requests:
-                obstacle = None
-                if full and not isinstance(request.mutation, Delete):
+                obstacle = job.obstacle
+                if obstacle is None and full and not isinstance(request.mutation, Delete):
                     obstacle = self.full()
-                elif request.deadline_s is not None and monotonic_s > request.deadline_s:
+                if obstacle is None and request.deadline_s is not None and monotonic_s > request.deadline_s:
                     obstacle = expired_in_queue()
-                elif not group.fork_is_fresh(request, job.fork):
+                if obstacle is None and not group.fork_is_fresh(request, job.fork):
                     job.error = StaleFork()
                     break
                 replies.append(group.settle(request, job.fork, obstacle))
