@@ -33,12 +33,14 @@ class Daemon:
         listen: str = "127.0.0.1:0",
         flags: tuple[str, ...] = (),
         environment: dict[str, str] | None = None,
+        descriptors_max: int | None = None,
     ) -> None:
         self.data = data
         self.store = store
         self.listen = listen
         self.flags = flags
         self.environment = environment or {}
+        self.descriptors_max = descriptors_max
         self.address = ""
         self.stdout: list[str] = []
         self._stderr: list[str] = []
@@ -70,6 +72,8 @@ class Daemon:
         """Start it, and wait until it listens."""
         listen = self.address or self.listen
         command = [sys.executable, "-m", "sessionstored", "serve", "--store", self.store, "--listen", listen]
+        if self.descriptors_max is not None:
+            command = ["sh", "-c", f'ulimit -n {self.descriptors_max}; exec "$@"', "sh", *command]
         self._process = subprocess.Popen(
             [*command, "--data", str(self.data), *self.flags],
             stdout=subprocess.PIPE,

@@ -8,6 +8,7 @@ and never takes an address. What ends a daemon: a signal (drain, close the store
 import asyncio
 import logging
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -64,6 +65,7 @@ async def serve(
 
     """
     addresses = _allowed(config)
+    _raise_descriptors()
     stop = _stop_on_signals()
     engine = await open_engine(config, accept_loss=accept_loss)
     daemon = _Daemon(config, engine)
@@ -97,6 +99,19 @@ def _allowed(config: Config) -> list[Address]:
                 "--insecure serves it all the same"
             )
     return addresses
+
+
+def _raise_descriptors() -> None:
+    """Take as many file descriptors as this process may have: each connection needs one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _connections_max(addresses: int) -> int:
+    """How many connections each address may have: half of the descriptors are for the store and the rest."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(1, soft // 2 // addresses)
 
 
 def _stop_on_signals() -> asyncio.Event:
@@ -199,6 +214,8 @@ def _options(config: Config) -> list[tuple[str, int]]:
     return [
         # Two daemons on one port would each get a part of the calls.
         ("grpc.so_reuseport", 0),
+        # Connections must not take the descriptors that the store needs: it would take that for its end.
+        ("grpc.max_allowed_incoming_connections", _connections_max(len(config.listen))),
         ("grpc.max_receive_message_length", min(length_max, _MESSAGE_LENGTH_MAX)),
         # gRPC itself drops calls, without a reason, when 1,000 wait to be taken: that is for
         # concurrent_calls_max to say.

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -433,6 +434,28 @@ def _answers(daemon: Daemon) -> bool:
     except grpc.RpcError:
         return False
     return True
+
+
+@pytest.mark.parametrize(
+    "preface", [b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"], ids=["silent", "http2"]
+)
+def test_more_connections_than_descriptors_leave_the_store_its_own(make_daemon, preface):
+    daemon = make_daemon(store="jsonl", descriptors_max=128).start()
+    assert _answers(daemon)
+    host, port = daemon.address.rsplit(":", 1)
+    connections = [socket.create_connection((host, int(port)), timeout=5) for _ in range(200)]
+    for connection in connections:
+        with suppress(OSError):  # refused
+            connection.sendall(preface)
+    time.sleep(0.5)
+    for n in range(60):
+        daemon.stub.AppendMessages(v1.AppendMessagesRequest(key=f"k{n}", messages=b"{}\n"), timeout=10)
+    for connection in connections:
+        connection.close()
+    with channel_to(daemon.address) as channel:
+        stub = session_store_pb2_grpc.SessionStoreStub(channel)
+        stub.GetServerInfo(v1.GetServerInfoRequest(), timeout=10, wait_for_ready=True)
+    assert daemon.terminate() == 0
 
 
 def test_a_request_beyond_every_bound_is_refused_before_it_is_read(shared_daemon):
