@@ -291,3 +291,18 @@ async def test_a_fork_of_a_damaged_session_refuses_its_own_request_only(tmp_path
         outcomes = await submit(engine, Append("other", [A]), Fork("f", "k"), Append("other", [B]))
         assert [getattr(outcome, "reason", "") for outcome in outcomes] == ["", "DATA_LOSS", ""]
         assert await lines(engine, "other") == [A, B]
+
+
+@pytest.mark.parametrize("mutation", [Replace("k", 0, 1, [B]), Pop("k")])
+async def test_a_call_that_is_sent_again_gets_its_answer_though_its_file_is_another_sessions_now(
+    tmp_path: Path, mutation: Replace | Pop
+):
+    async with opened(tmp_path) as engine:
+        await done(engine, Append("k", [A, B, C]))
+        first = await one(engine, request(mutation, 1))
+    async with opened(tmp_path) as engine:
+        assert (await engine.read("k", lambda head: (0, 0), 1)).head.message_count
+        file_of(tmp_path, "k").unlink()
+        file_of(tmp_path, "k").write_bytes(b'{"_type": "metadata", "key": "other"}\n' + A + b"\n")
+        again = await one(engine, request(mutation, 1))
+        assert (again.outcome, again.replayed) == (first.outcome, True)

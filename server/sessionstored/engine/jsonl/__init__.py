@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -296,7 +297,8 @@ class JsonlEngine:
                         return
                 lines = await self._cold(state, region, index, base, 1 << 62)
             except FileChanged:
-                await self._look_again(key)
+                with suppress(Refused):
+                    await self._look_again(key)
                 continue
             except Refused:
                 return  # the decision says so
