@@ -1,6 +1,8 @@
 """EIO at the n-th write or flush, of session files and journal: the engine stops, and loses nothing."""
 
 import asyncio
+import errno
+import os
 import random
 import shutil
 import time
@@ -9,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from crash.by_hand import BY_HAND
-from crash.disks import copy_of, power_cut_copy_of
+from crash.by_hand import BY_HAND, A, B
+from crash.disks import WatchedDisk, copy_of, power_cut_copy_of
 from crash.faults import FailingDisk, Plan, failing_vfs
 from crash.histories import Histories, State, Writer, state_of
 from crash.test_every_step import KEYS, Cut, check
+from engines import done, lines
 from sessionstored.engine import Refused, Request
 from sessionstored.engine.jsonl import JsonlEngine, open_jsonl
 from sessionstored.rules import Answer, Append
@@ -110,3 +113,21 @@ async def test_an_error_of_the_disk_at_every_step(fast_path: Path) -> None:
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
     await fail_at_steps(fast_path, seed, every=1)
+
+
+async def test_an_edited_file_that_cannot_be_flushed_when_read_stops_the_engine(fast_path: Path) -> None:
+    def fail(_: int, kind: str, __: Path | int) -> None:
+        if kind == "flush":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    disk = WatchedDisk()
+    engine = await open_jsonl(fast_path, tuning=BY_HAND, disk=disk)
+    await done(engine, Append("k", [A, B]))
+    await engine.close()
+    engine = await open_jsonl(fast_path, tuning=BY_HAND, disk=disk)
+    (fast_path / "sessions" / "k.jsonl").write_bytes(A + b"\n")
+    disk.before = fail
+    with pytest.raises(Refused):
+        await lines(engine, "k")
+    assert "Errno 5" in await asyncio.wait_for(engine.failed(), 5)
+    await engine.close()

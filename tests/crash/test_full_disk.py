@@ -169,6 +169,29 @@ async def test_a_fork_that_is_sent_again_gets_its_answer_though_there_is_no_room
         assert (again.outcome, again.replayed) == (first.outcome, True)
 
 
+@pytest.mark.parametrize("mutation", [None, Append("k", [B]), Replace("k", 0, 1, [B]), Fork("f", "k")])
+async def test_a_torn_line_that_finds_no_room_in_quarantine_is_no_failure(
+    fast_path: Path, mutation: Mutation | None
+) -> None:
+    disk = Liar()
+    async with opened(fast_path, disk) as engine:
+        await done(engine, Append("k", [A]))
+    async with opened(fast_path, disk) as engine:
+        with (fast_path / "sessions" / "k.jsonl").open("ab") as file:
+            file.write(b'{"torn')
+        disk.room = 0
+        if mutation is None:
+            with pytest.raises(Refused) as refused:
+                await lines(engine, "k")
+            assert refused.value.refusal.reason == "STORAGE_FULL"
+        else:
+            no = await outcome_of(engine, mutation)
+            assert isinstance(no, Refusal)
+            assert no.reason == "STORAGE_FULL"
+        disk.room = None
+        await says(engine, "k", A)
+
+
 async def test_the_engine_stops_on_a_full_disk_and_loses_nothing(fast_path: Path) -> None:
     disk = Liar()
     async with opened(fast_path, disk, tuning=WITHOUT_RESERVE) as engine:

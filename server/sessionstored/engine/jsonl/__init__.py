@@ -386,7 +386,7 @@ class JsonlEngine:
 
     async def _look_again(self, key: str) -> None:
         """Have the committer look at a file that is not what it was: after a rewrite that is nothing."""
-        await asyncio.shield(asyncio.wrap_future(self._committer.run(lambda: self._vault.readopt(key))))
+        await asyncio.shield(asyncio.wrap_future(self._committer.look_again(key)))
 
     async def _cold(self, state: State, region: Region, start: int, stop: int, max_bytes: int) -> list[bytes]:
         """Messages from a file. Raises FileChanged if it was written anew meanwhile."""

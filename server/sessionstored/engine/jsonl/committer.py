@@ -107,6 +107,23 @@ class Committer:
                 self._wake.notify()
         return future
 
+    def look_again(self, key: str) -> "Future[None]":
+        """Look between two groups at a session's file, which is not what a reader expected.
+
+        The future fails with Refused, or with OSError once storage has failed. A disk that fails at this, and
+        is not just full, stops everything: what was adopted there would not be durable.
+        """
+        return self.run(lambda: self._look_again(key))
+
+    def _look_again(self, key: str) -> None:
+        try:
+            self._vault.readopt(key)
+        except (apsw.Error, OSError) as error:
+            if _is_full(error):
+                raise Refused(self.full()) from error
+            self.fail(f"{type(error).__name__}: {error}")
+            raise Refused(STOPPING) from error
+
     def stop(self) -> None:
         """Commit what is queued, then end the thread."""
         with self._wake:

@@ -30,7 +30,7 @@ def prepare(vault: Vault, committer: Committer, fork: Fork) -> PreparedFork | No
         try:
             return _attempt(vault, committer, fork)
         except FileChanged:
-            committer.run(lambda: vault.readopt(fork.source_key)).result()
+            committer.look_again(fork.source_key).result()
     return None
 
 

@@ -123,13 +123,9 @@ class Maintenance:
     def _look_again(self, key: str) -> None:
         """Have the committer look at a file that somebody else changed."""
         try:
-            self._committer.run(lambda: self._vault.readopt(key)).result()
+            self._committer.look_again(key).result()
         except Refused as refused:
-            log.warning("%s", refused.refusal.message)
-        except OSError as error:
-            if not self._vault.is_full(error):
-                raise
-            log.warning("the disk is full: what somebody wrote into the file of %r cannot be set aside", key)
+            log.warning("session %r: %s", key, refused.refusal.message)
 
     def _do(self, task: Callable[[], T]) -> T:
         """Have the committer do something that must not fail."""
