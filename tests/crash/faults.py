@@ -17,10 +17,14 @@ from crash.disks import PowerDisk
 
 @dataclass
 class Plan:
-    """Fail with EIO at step `at`, and unless `once` is set at every step after it; 0 never fails."""
+    """Fail with EIO at step `at`, and unless `once` is set at every step after it; 0 never fails.
+
+    `error` is what the journal fails with.
+    """
 
     at: int = 0
     once: bool = False
+    error: type[apsw.Error] = apsw.IOError
     steps: list[str] = field(default_factory=list)
     armed: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -60,17 +64,17 @@ class _File(apsw.VFSFile):
     def xWrite(self, data: bytes, offset: int) -> None:
         if self._plan.step(f"{self._kind} write"):
             super().xWrite(data[: len(data) // 2], offset)
-            raise apsw.IOError("injected: write")
+            raise self._plan.error("injected: write")
         super().xWrite(data, offset)
 
     def xSync(self, flags: int) -> None:
         if self._plan.step(f"{self._kind} sync"):
-            raise apsw.IOError("injected: sync")
+            raise self._plan.error("injected: sync")
         super().xSync(flags)
 
     def xTruncate(self, size: int) -> None:
         if self._plan.step(f"{self._kind} truncate"):
-            raise apsw.IOError("injected: truncate")
+            raise self._plan.error("injected: truncate")
         super().xTruncate(size)
 
 

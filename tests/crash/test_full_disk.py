@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import apsw
 import pytest
 from crash.by_hand import BY_HAND, A, B, C, D, crashed, opened, quiet, round_of, says
 from crash.disks import FullDisk
+from crash.faults import Plan, failing_vfs
 from engines import done, lines, one, read, request, submit
 from seed_reader import read_session
 from sessionstored.engine import Refused, Reply, StartError
@@ -201,6 +203,20 @@ async def test_the_engine_stops_on_a_full_disk_and_loses_nothing(fast_path: Path
         await done(engine, Append("k", [B]))
     async with opened(fast_path) as engine:
         await says(engine, "k", A, B)
+
+
+async def test_the_engine_stops_though_the_journal_finds_no_room_and_loses_nothing(fast_path: Path) -> None:
+    plan = Plan(at=1, error=apsw.FullError)
+    with failing_vfs(plan) as vfs:
+        async with opened(fast_path, vfs=vfs) as engine:
+            await done(engine, Append("k", [A]))
+            await quiet(engine)
+            plan.armed = True
+        plan.armed = False
+        assert plan.failed
+        assert not engine._failed.done(), "that would end the daemon with an error"
+    async with opened(fast_path) as engine:
+        await says(engine, "k", A)
 
 
 async def test_the_reserve_is_kept(fast_path: Path) -> None:

@@ -18,7 +18,7 @@ import apsw
 
 from sessionstored.engine import Page, Query, Refused, Reply, Request, Scrub, Slice
 from sessionstored.engine.jsonl import pages
-from sessionstored.engine.jsonl.committer import STOPPING, Committer, Job, StaleFork
+from sessionstored.engine.jsonl.committer import STOPPING, Committer, Job, StaleFork, is_disk_full
 from sessionstored.engine.jsonl.damage import confirm
 from sessionstored.engine.jsonl.disk import Disk
 from sessionstored.engine.jsonl.files import FileChanged, Region, WrongBlock
@@ -439,12 +439,22 @@ class JsonlEngine:
             try:
                 complete = self._maintenance.round() and self._maintenance.round()
             except Exception as error:
-                self._committer.fail(f"{type(error).__name__}: {error}")
+                self._stop_short(error)
         self._committer.stop()
         if complete and not self._committer.failure:
-            vault.journal.wal_checkpoint()
-            vault.write_store(replace(vault.store, clean=True))
+            try:
+                vault.journal.wal_checkpoint()
+                vault.write_store(replace(vault.store, clean=True))
+            except Exception as error:
+                self._stop_short(error)
         self._release()
+
+    def _stop_short(self, error: Exception) -> None:
+        """What is not in the session files is in the journal: a full disk leaves it there."""
+        if is_disk_full(error):
+            log.warning("the disk is full: the next start has to recover what the session files lack")
+        else:
+            self._committer.fail(f"{type(error).__name__}: {error}")
 
     def _release(self) -> None:
         self._readers.shutdown()

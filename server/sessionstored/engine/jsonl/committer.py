@@ -119,7 +119,7 @@ class Committer:
         try:
             self._vault.readopt(key)
         except (apsw.Error, OSError) as error:
-            if _is_full(error):
+            if is_disk_full(error):
                 raise Refused(self.full()) from error
             self.fail(f"{type(error).__name__}: {error}")
             raise Refused(STOPPING) from error
@@ -184,7 +184,7 @@ class Committer:
                 raise OSError(self.failure)
             result = task()
         except BaseException as error:  # what is not fatal is its owner's business: see its future
-            if fatal and not _is_full(error):
+            if fatal and not is_disk_full(error):
                 self.fail(f"{type(error).__name__}: {error}")
             future.set_exception(error)
         else:
@@ -198,7 +198,7 @@ class Committer:
             self._decide(group, jobs)
             self._commit(group)
         except (apsw.Error, OSError) as error:
-            if not _is_full(error):
+            if not is_disk_full(error):
                 return self._fatal(jobs, error)  # it may be committed all the same: what it needs stays
             self._drop(group, jobs)
             return self._refuse(jobs, self.full())
@@ -324,5 +324,6 @@ class Committer:
         vault.cached(state, state.cached_bytes - size)
 
 
-def _is_full(error: BaseException) -> bool:
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error of SQLite or of a file says no more than that the disk is full."""
     return isinstance(error, apsw.FullError) or (isinstance(error, OSError) and error.errno in FULL)
