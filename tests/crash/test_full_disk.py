@@ -21,6 +21,7 @@ from sessionstored.rules import (
     Create,
     Delete,
     Fork,
+    Limits,
     Mutation,
     Outcome,
     Pop,
@@ -217,6 +218,24 @@ async def test_the_engine_stops_though_the_journal_finds_no_room_and_loses_nothi
         assert not engine._failed.done(), "that would end the daemon with an error"
     async with opened(fast_path) as engine:
         await says(engine, "k", A)
+
+
+async def test_what_the_journal_found_no_room_for_takes_no_place_among_the_request_ids(
+    fast_path: Path,
+) -> None:
+    plan = Plan(at=1, error=apsw.FullError)
+    limits = Limits(window_request_ids_max=3)
+    with failing_vfs(plan) as vfs:
+        async with opened(fast_path, vfs=vfs, limits=limits) as engine:
+            first = await one(engine, request(Append("k", [A]), request_id="first"))
+            plan.armed = True
+            for _ in range(5):
+                with pytest.raises(Refused) as refused:
+                    await one(engine, request(Append("k", [B]), request_id="second"))
+                assert refused.value.refusal.reason == "STORAGE_FULL"
+            plan.armed = False
+            again = await one(engine, request(Append("k", [A]), request_id="first"))
+            assert (again.outcome, again.replayed) == (first.outcome, True)
 
 
 async def test_the_reserve_is_kept(fast_path: Path) -> None:

@@ -39,6 +39,8 @@ class Group:
         self.requests: dict[tuple[str, str], StoredRequest] = {}
         self.entries: list[Entry] = []
         self.recorded: set[str] = set()
+        self._numbers: dict[str, int] = {}
+        """Of each session the number of its newest request_id: a group that is dropped takes none."""
         self._request: Request | None = None
         self._fork: PreparedFork | None = None
         self._kept: Sequence[bytes] = ()
@@ -122,7 +124,8 @@ class Group:
 
     def remember(self, key: str, request_id: str, remembered: Remembered) -> None:
         """Keep it."""
-        number = self.vault.windows.next_request_number(key)
+        number = self._numbers.get(key, self.vault.windows.request_number(key)) + 1
+        self._numbers[key] = number
         self.requests[key, request_id] = StoredRequest(number, self.clock_s, remembered)
         self.row.request(RequestRecord(key, request_id, remembered))
 

@@ -44,18 +44,14 @@ class Windows:
         stored = self.dirty_requests.get((key, request_id)) or self._journal.request(key, request_id)
         if stored is None or self._clock_s() - stored.at_s > self._limits.window_age_max_s:
             return None
-        newest = self._request_number(key)
+        newest = self.request_number(key)
         return stored if stored.n > newest - self._limits.window_request_ids_max else None
 
-    def _request_number(self, key: str) -> int:
+    def request_number(self, key: str) -> int:
+        """The number of a session's newest request_id; 0 if there is none."""
         number = self._numbers.get(key)
         if number is None:
             number = self._numbers[key] = self._journal.last_request_number(key)
-        return number
-
-    def next_request_number(self, key: str) -> int:
-        """The number of a session's next request_id."""
-        number = self._numbers[key] = self._request_number(key) + 1
         return number
 
     def publish(self, clients: dict[str, CallWindow], requests: dict[tuple[str, str], StoredRequest]) -> None:
@@ -63,6 +59,8 @@ class Windows:
         self.dirty_clients.update(clients)
         self._clients.update(clients)
         self.dirty_requests.update(requests)
+        for (key, _), stored in requests.items():
+            self._numbers[key] = max(stored.n, self._numbers.get(key, 0))
 
     def written(self, clients: dict[str, CallWindow], requests: dict[tuple[str, str], StoredRequest]) -> None:
         """These are in the database now."""
@@ -90,5 +88,5 @@ class Windows:
         """Take a journal record in, unless the database has it already."""
         known = self._journal.request(record.key, record.request_id)
         if known is None or known.remembered != record.remembered:
-            stored = StoredRequest(self.next_request_number(record.key), clock_s, record.remembered)
+            stored = StoredRequest(self.request_number(record.key) + 1, clock_s, record.remembered)
             self.publish({}, {(record.key, record.request_id): stored})
