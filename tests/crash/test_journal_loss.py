@@ -113,6 +113,25 @@ async def test_a_damaged_row_stops_the_start_and_can_be_left_out(killed: Path) -
     assert any(C in aside for aside in quarantined(killed))
 
 
+@pytest.mark.parametrize("how", ["damaged", "not flushed"])
+async def test_the_revision_of_a_lost_change_is_not_given_out_again(fast_path: Path, how: str) -> None:
+    durability = "fsync" if how == "damaged" else "os"
+    async with opened(fast_path / "first", durability=durability) as engine:
+        await done(engine, Append("k", [A]))
+        await round_of(engine)
+        engine._vault.journal.wal_checkpoint()
+        before = await crashed(engine, fast_path / "before")
+        last = await done(engine, Append("k", [B]))
+        data = await crashed(engine, fast_path / "data")
+    if how == "damaged":
+        with journal_of(data) as db:
+            db.execute("UPDATE journal SET crc = crc + 1")
+    else:
+        data = before  # a power cut may take what was not flushed
+    async with opened(data, durability=durability, accept_loss=True) as engine:
+        assert (await done(engine, Append("k", [C]))).revision > last.revision + 1
+
+
 async def test_changes_upon_a_lost_row_make_damage_and_not_another_session(fast_path: Path) -> None:
     async with opened(fast_path / "first") as engine:
         await done(engine, Append("k", [A]))

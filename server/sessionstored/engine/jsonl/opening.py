@@ -128,7 +128,8 @@ def _recovered(
     try:
         if log_ends_wrong:
             _set_log_aside(vault, log_ends_wrong, accept_loss)
-        vault.revision = store.revision_ceiling if rebuilt else 0
+        # What was lost, if anything was, had revisions: none of them is given out again.
+        vault.revision = 0 if store.clean and not rebuilt else store.revision_ceiling
         journal.put_meta(store_id=store.store_id, **({"revision": vault.revision} if rebuilt else {}))
         if not journal.wal_checkpoint():
             raise StartError(f"another process reads {directory.journal}: end it, then start again")
