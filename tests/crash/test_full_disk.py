@@ -141,6 +141,28 @@ async def test_a_session_that_is_behind_is_deleted_and_made_again(fast_path: Pat
         await says(engine, "k", B)
 
 
+@pytest.mark.parametrize("crash", [False, True])
+async def test_messages_that_a_full_disk_cut_short_and_that_were_removed_do_not_come_back(
+    fast_path: Path, crash: bool
+) -> None:
+    disk = Liar()
+    async with opened(fast_path / "data", disk, tuning=WITHOUT_RESERVE) as engine:
+        await done(engine, Append("k", [A]))
+        assert await round_of(engine)
+        disk.room = len(B) + 10
+        await done(engine, Append("k", [B, C]))
+        await quiet(engine)
+        await done(engine, Replace("k", 1, None, []))
+        disk.room = None
+        assert await round_of(engine)
+        copy = await crashed(engine, fast_path / "copy")
+    data = copy if crash else fast_path / "data"
+    async with opened(data) as engine:
+        assert (await read(engine, "k")).head.damage == ""
+        await says(engine, "k", A)
+    assert not list((data / "quarantine").iterdir())
+
+
 @pytest.mark.parametrize("room", [0, 20, 200])
 async def test_a_deleted_session_of_which_a_part_was_written_does_not_come_back(
     fast_path: Path, room: int

@@ -102,13 +102,14 @@ class State:
 
     @property
     def behind(self) -> bool:
-        """The file lacks something that is committed."""
+        """The file lacks something that is committed, or has a part of what it should not have any more."""
         if self.head is None:
             return self.file.exists
         return (
             self.filed < self.count
             or self.file.count > self.filed
             or not self.file.exists
+            or self.file.torn_write
             or self.header_pending
         )
 
