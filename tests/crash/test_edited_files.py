@@ -1,5 +1,6 @@
 """Files that somebody else edited, moved or made: while the daemon was down, was killed, or runs."""
 
+import json
 import os
 from pathlib import Path
 
@@ -92,6 +93,20 @@ async def test_a_file_that_was_broken_by_hand_heals_when_it_is_mended_by_hand(cl
         (outcome,) = await submit(engine, Append("k", [C]))
         assert isinstance(outcome, Answer)
         assert await lines(engine, "k") == [A, B, C]
+
+
+@pytest.mark.parametrize("key", ["", "two\nlines", "z" * 600, "\x85", 7])
+async def test_a_header_whose_key_cannot_be_one_leaves_the_session_to_its_files_name(
+    fast_path: Path, key: object
+) -> None:
+    path = fast_path / "sessions" / "k.jsonl"
+    path.parent.mkdir()
+    path.write_bytes(json.dumps({"_type": "metadata", "key": key}).encode() + b"\n" + A + b"\n")
+    async with opened(fast_path) as engine:
+        assert await lines(engine, "k") == [A]
+    add(path, B)
+    async with opened(fast_path) as engine:
+        await says(engine, "k", A, B)
 
 
 async def test_a_missing_file_is_named_and_its_session_can_be_deleted_or_come_back(clean: Path) -> None:

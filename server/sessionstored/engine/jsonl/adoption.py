@@ -46,10 +46,11 @@ def adopt(files: SessionFiles, name: str, revision: int, key: str = "") -> tuple
         aside = files.set_aside(name, found.torn, "torn")
         damage = f"the last line was torn: its {len(found.torn)} bytes were set aside in quarantine/{aside}"
     own = found.header.get("key") if found.header else None
-    if key and isinstance(own, str) and own != key:
+    if not isinstance(own, str) or not _usable(own):
+        own = key or _key_of(name)
+    if key and own != key:
         raise Unadoptable(f"its header says that it belongs to session {own!r}")
-    if not key:
-        key = own if isinstance(own, str) and _usable(own) else _key_of(name)
+    key = own
     head, notes = adopted_head(found, key, revision, stat.st_mtime_ns // 1000, damage)
     superseded = found.superseded_bytes
     if notes or data.startswith(BOM):  # written anew at its first change, so that the seed reads it then
@@ -96,12 +97,12 @@ def _read_whole(files: SessionFiles, name: str) -> tuple[bytes, os.stat_result]:
 
 
 def _usable(key: str) -> bool:
-    """Whether a header's key can be a session's key."""
+    """Whether a key can be a session's: not longer than any key, and without control characters."""
     try:
         size = len(key.encode())
     except UnicodeEncodeError:
         return False
-    return 0 < size <= 512 and all(ord(c) >= 32 and ord(c) != 127 for c in key)
+    return 0 < size <= 512 and not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in key)
 
 
 def _key_of(name: str) -> str:
