@@ -1,5 +1,6 @@
 """Who may open a data directory: other owners, newer formats, a lost or foreign journal are refused."""
 
+import errno
 import json
 import os
 import shutil
@@ -106,9 +107,27 @@ async def test_a_store_file_with_another_byte_is_refused(tmp_path: Path):
     await (await open_jsonl(tmp_path)).close()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"store_id": "x"}'])
+async def test_a_lock_that_finds_no_room_is_named_and_leaves_the_directory_free(tmp_path: Path, monkeypatch):
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(StartError, match=r"LOCK: No space left on device"):
+            await open_jsonl(tmp_path)
+    engine = await open_jsonl(tmp_path)
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(StartError, match=r"LOCK: No space left on device"):
+        engine.announce(["127.0.0.1:7400"])
+    await engine.close()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"store_id": "x"}', "null ceiling", "text format"])
 async def test_an_unreadable_store_file_is_refused(tmp_path: Path, text: str):
     await (await open_jsonl(tmp_path)).close()
+    changes = {"null ceiling": {"revision_ceiling": None}, "text format": {"oldest_reader": "1"}}
+    if text in changes:
+        text = json.dumps(store(tmp_path) | changes[text])
     (tmp_path / "STORE").write_text(text)
     with pytest.raises(StartError, match="STORE cannot be read"):
         await open_jsonl(tmp_path)

@@ -73,13 +73,28 @@ class Directory:
                 f"{path} is owned by another daemon ({_describe(owner)}): use that one, stop it, "
                 "or name another directory with --data"
             ) from error
-        self.announce([])
+        try:
+            self.announce([])
+        except StartError:
+            os.close(self._lock)
+            raise
 
     def announce(self, addresses: Sequence[str]) -> None:
-        """Write the owner's process id and addresses into LOCK."""
+        """Write the owner's process id and addresses into LOCK.
+
+        Raises:
+            StartError: it cannot be written, as on a full disk.
+
+        """
         text = json.dumps({"pid": os.getpid(), "addresses": list(addresses)}).encode() + b"\n"
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, text, 0)
+        try:
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, text, 0)
+        except OSError as error:
+            raise StartError(
+                f"cannot write {self.path / 'LOCK'}: {error.strerror}: if the disk is full, make room, "
+                "then start again"
+            ) from error
 
     def read_store(self) -> StoreFile | None:
         """What STORE says; None if there is none.
