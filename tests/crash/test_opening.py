@@ -13,6 +13,7 @@ from crash.by_hand import quiet
 from engines import done, lines
 from sessionstored.engine import StartError
 from sessionstored.engine.jsonl import JsonlEngine, open_jsonl
+from sessionstored.engine.jsonl.store import Directory, new_store
 from sessionstored.rules import Append
 
 A, B = b'{"role": "user", "content": "a"}', b'{"role": "user", "content": "b"}'
@@ -131,6 +132,18 @@ async def test_an_unreadable_store_file_is_refused(tmp_path: Path, text: str):
     (tmp_path / "STORE").write_text(text)
     with pytest.raises(StartError, match="STORE cannot be read"):
         await open_jsonl(tmp_path)
+
+
+async def test_a_store_file_that_is_cut_short_does_not_replace_the_whole_one(tmp_path: Path, monkeypatch):
+    await (await open_jsonl(tmp_path)).close()
+    text, write = (tmp_path / "STORE").read_bytes(), os.write
+    directory = Directory(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda fd, data: write(fd, data[:10]))
+        with pytest.raises(OSError, match="No space left on device"):
+            directory.write_store(new_store())
+    directory.close()
+    assert (tmp_path / "STORE").read_bytes() == text
 
 
 async def test_a_journal_lost_after_a_clean_stop_is_rebuilt_and_revisions_go_on(tmp_path: Path):

@@ -5,6 +5,7 @@ names the owner's process and addresses, so that a second daemon can say whom it
 daemon of a directory.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -124,7 +125,9 @@ class Directory:
         temporary = self.path / ".STORE.tmp"
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            os.write(fd, store.encoded())
+            text = store.encoded()
+            if os.write(fd, text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary))
             os.fsync(fd)
         finally:
             os.close(fd)
