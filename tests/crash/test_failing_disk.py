@@ -17,7 +17,7 @@ from crash.faults import FailingDisk, Plan, failing_vfs
 from crash.histories import Histories, State, Writer, state_of
 from crash.test_every_step import KEYS, Cut, check
 from engines import done, lines
-from sessionstored.engine import Refused, Request
+from sessionstored.engine import Refused, Request, StartError
 from sessionstored.engine.jsonl import JsonlEngine, open_jsonl
 from sessionstored.rules import Answer, Append
 
@@ -115,19 +115,30 @@ async def test_an_error_of_the_disk_at_every_step(fast_path: Path) -> None:
     await fail_at_steps(fast_path, seed, every=1)
 
 
-async def test_an_edited_file_that_cannot_be_flushed_when_read_stops_the_engine(fast_path: Path) -> None:
-    def fail(_: int, kind: str, __: Path | int) -> None:
-        if kind == "flush":
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+def fail_to_flush(_: int, kind: str, __: Path | int) -> None:
+    if kind == "flush":
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
+
+async def test_an_edited_file_that_cannot_be_flushed_when_read_stops_the_engine(fast_path: Path) -> None:
     disk = WatchedDisk()
     engine = await open_jsonl(fast_path, tuning=BY_HAND, disk=disk)
     await done(engine, Append("k", [A, B]))
     await engine.close()
     engine = await open_jsonl(fast_path, tuning=BY_HAND, disk=disk)
     (fast_path / "sessions" / "k.jsonl").write_bytes(A + b"\n")
-    disk.before = fail
+    disk.before = fail_to_flush
     with pytest.raises(Refused):
         await lines(engine, "k")
     assert "Errno 5" in await asyncio.wait_for(engine.failed(), 5)
+    await engine.close()
+
+
+async def test_a_new_file_that_cannot_be_flushed_stops_the_start(fast_path: Path) -> None:
+    (fast_path / "sessions").mkdir()
+    (fast_path / "sessions" / "k.jsonl").write_bytes(A + b"\n")
+    with pytest.raises(StartError, match="Errno 5"):
+        await open_jsonl(fast_path, tuning=BY_HAND, disk=WatchedDisk(fail_to_flush))
+    engine = await open_jsonl(fast_path, tuning=BY_HAND)
+    assert await lines(engine, "k") == [A]
     await engine.close()

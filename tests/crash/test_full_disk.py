@@ -290,10 +290,9 @@ async def test_storage_that_is_full_at_the_start_is_named(fast_path: Path) -> No
     (fast_path / "sessions" / "torn.jsonl").write_bytes(A + b'\n{"torn')
     disk = FullDisk()
     disk.room = 0
-    # A torn line finds no room in quarantine: its file is left alone, and the daemon serves the rest.
-    engine = await open_jsonl(fast_path, tuning=BY_HAND, disk=disk)
-    assert await engine.count() == 0
-    await engine.close()
+    # A torn line finds no room in quarantine. Without its file, the session would be taken for a new one.
+    with pytest.raises(StartError, match=r"disk of .* is full: make room"):
+        await open_jsonl(fast_path, tuning=BY_HAND, disk=disk)
     async with opened(fast_path) as engine:
         assert await lines(engine, "torn") == [A]
 

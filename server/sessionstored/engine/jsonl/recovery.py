@@ -315,7 +315,7 @@ class Recovery:
         try:
             name.encode()
             entry, notes = adopt(vault.files, name, vault.next_revision())
-        except (UnicodeEncodeError, Unadoptable, OSError, FileChanged) as error:
+        except (UnicodeEncodeError, Unadoptable, FileNotFoundError, FileChanged) as error:
             log.error("sessions/%r is left alone: %r", name, error)
             return None
         for note in notes:
