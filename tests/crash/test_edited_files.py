@@ -75,6 +75,19 @@ async def test_a_file_that_was_added_to_is_adopted_anew(clean: Path) -> None:
         await says(engine, "k", A, B, X)
 
 
+@pytest.mark.parametrize("how", ["edited", "renamed"])
+async def test_the_update_time_does_not_go_back_to_an_older_header(clean: Path, how: str) -> None:
+    async with opened(clean) as engine:
+        last = await done(engine, Append("k", [C]))
+    path = file_of(clean)
+    if how == "edited":
+        add(path, X)
+    else:
+        path.rename(path.with_name("other name.jsonl"))
+    async with opened(clean) as engine:
+        assert (await read(engine, "k")).head.update_time_us >= last.update_time_us
+
+
 async def test_a_file_that_was_torn_by_hand_is_served_without_its_last_line(clean: Path) -> None:
     with file_of(clean).open("ab") as file:
         file.write(X[:9])

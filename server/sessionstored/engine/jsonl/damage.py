@@ -38,6 +38,7 @@ def adopt_again(vault: "Vault", entry: Entry) -> Entry:
         except FileChanged:
             continue
         adopted.generation = entry.generation
+        succeed(adopted, entry)
         _mark_shortened(adopted, entry)
         log.warning(
             "sessions/%s was changed by somebody else: adopted anew, %d messages %s",
@@ -49,6 +50,12 @@ def adopt_again(vault: "Vault", entry: Entry) -> Entry:
         vault.journal.put_meta(revision=vault.revision)
         return adopted
     raise Refused(data_loss(entry.head.key, entry.file, 0, "somebody else keeps changing the file"))
+
+
+def succeed(adopted: Entry, entry: Entry) -> None:
+    """Let a session that is adopted anew not be older than it was: its header need not tell of appends."""
+    update_time_us = max(adopted.head.update_time_us, entry.head.update_time_us)
+    adopted.head = replace(adopted.head, update_time_us=update_time_us)
 
 
 def _mark_shortened(adopted: Entry, entry: Entry) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from sessionstored.engine import StartError
 from sessionstored.engine.jsonl.adoption import Unadoptable, adopt
 from sessionstored.engine.jsonl.blocks import begins_with
-from sessionstored.engine.jsonl.damage import condemn
+from sessionstored.engine.jsonl.damage import condemn, succeed
 from sessionstored.engine.jsonl.files import FileChanged
 from sessionstored.engine.jsonl.journal import Entry
 from sessionstored.engine.jsonl.names import SUFFIX, file_name, is_temporary_name, temporary_name
@@ -343,6 +343,7 @@ class Recovery:
         if missing and state is None and owner is not None and owner.bad_line >= 0:
             log.warning("sessions/%s was renamed to %s", other, entry.file)
             entry.generation = owner.generation + 1
+            succeed(entry, owner)
             vault.session_count -= 1
             return False
         vault.claims.setdefault(key, [other]).append(entry.file)
