@@ -76,11 +76,16 @@ class _Open:
     """A call without a known answer."""
 
     begun_s: float
-    under_way: bool = True
+    under_way: bool = False
 
 
 class Ticket:
-    """A call's place in its client's window. Dropped while its outcome is unknown, it gives the place up."""
+    """A call's place in its client's window. Dropped while its outcome is unknown, it gives the place up.
+
+    Dropped while it is under way, by an interruption, it leaves a call that merely lies open.
+    """
+
+    _droppable = False
 
     def __init__(self, window: "Window", sequence: int, answered_through: int, begun_s: float) -> None:
         self.client_id = window.client_id
@@ -88,7 +93,6 @@ class Ticket:
         self.answered_through = answered_through
         self.begun_s = begun_s
         self._window = window
-        self._droppable = False
 
     def resume(self) -> None:
         """The call is under way again."""
@@ -105,8 +109,12 @@ class Ticket:
         self._window.mark(self.sequence, under_way=False)
 
     def __del__(self) -> None:
+        if not hasattr(self, "_window"):  # interrupted while it was made
+            return
         if self._droppable:  # any thread, any time: only what is atomic
             self._window.dropped.append(self.sequence)
+        else:
+            self._window.mark(self.sequence, under_way=False)
 
 
 class Window:
@@ -135,12 +143,15 @@ class Window:
         # No function is called in between, so no signal handler makes a call of the same number.
         self._last = sequence = self._last + 1
         self._open[sequence] = call
-        return Ticket(self, sequence, next(iter(self._open)) - 1, now_s)
+        ticket = Ticket(self, sequence, next(iter(self._open)) - 1, now_s)
+        call.under_way = True  # last: interrupted before, it lies open, and is given up when its turn comes
+        return ticket
 
     def mark(self, sequence: int, *, under_way: bool) -> None:
         """Note whether an open call is being sent, or merely lies open."""
-        if sequence in self._open:
-            self._open[sequence].under_way = under_way
+        call = self._open.get(sequence)
+        if call is not None:
+            call.under_way = under_way
 
     def end(self, sequence: int) -> None:
         """The call's answer is known."""

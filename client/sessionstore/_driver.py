@@ -156,7 +156,8 @@ class Driver(Forkable):
 
     def _begin(self) -> None:
         self.guard = threading.RLock()  # a signal handler must not wait for the thread that it interrupted
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # taken as itself, for the reason of `_fork`'s gate
+        self._changed = threading.Condition(self._lock)
         self._window = Window()
         self._under_way = 0
         self._mine = threading.local()
@@ -198,24 +199,26 @@ class Driver(Forkable):
         if getattr(mine, "begun", False):
             yield
             return
-        with self._changed:
-            if self._connection.closed:
-                raise RuntimeError("this SessionStore is closed")
-            self._under_way += 1
-        mine.begun = True
+        counted = False
         try:
+            with self._lock:
+                if self._connection.closed:
+                    raise RuntimeError("this SessionStore is closed")
+                self._under_way += 1
+                counted = mine.begun = True
             yield
         finally:
-            mine.begun = False
-            with self._changed:
-                if mine is self._mine:  # else this is a forked child, which counts anew
-                    self._under_way -= 1
-                    if self._connection.closed:
-                        self._changed.notify_all()
+            if counted:
+                mine.begun = False
+                with self._lock:
+                    if mine is self._mine:  # else this is a forked child, which counts anew
+                        self._under_way -= 1
+                        if self._connection.closed:
+                            self._changed.notify_all()
 
     def close(self) -> None:
         """Wait a little for what other threads have begun, then disconnect. Again: nothing."""
-        with self._changed:
+        with self._lock:
             if self._connection.closed:
                 return
             self._connection.closed = True
@@ -230,8 +233,8 @@ class Driver(Forkable):
     def _call(self, rpc: Rpc) -> Any:
         """Make one call, in as many attempts as it takes, and keep its identity's books."""
         attempts = Attempts(rpc, self._timeout_s, time.monotonic())
-        self._enter(rpc, attempts)
         try:
+            self._enter(rpc, attempts)
             reply = self._attempt(rpc, attempts)
         except BaseException as error:
             self._leave(rpc.ticket, error)
@@ -263,7 +266,7 @@ class Driver(Forkable):
         """Give a change its identity; waits while the window is full."""
         if not rpc.method.mutates:
             return
-        with self._changed:
+        with self._lock:
             if rpc.ticket is not None:
                 rpc.ticket.resume()
             while rpc.ticket is None:
@@ -275,7 +278,7 @@ class Driver(Forkable):
     def _leave(self, ticket: Ticket | None, error: BaseException | None) -> None:
         if ticket is None:
             return
-        with self._changed:
+        with self._lock:
             ticket.settle(error)
             # Who waits is the next calls, while the window is full, or close: which of them is woken is open.
             if self._connection.closed:

@@ -22,39 +22,47 @@ _FORK_WAIT_S = 5.0
 
 
 class _Gate:
-    """Counts the calls inside grpc."""
+    """Counts the calls inside grpc, also if Ctrl-C comes at any moment.
+
+    An interruption comes where a Python function begins or a call returns. So counting and remembering that
+    it was counted have no call between them, and the lock is taken as itself: a condition's is a function.
+    """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._inside = 0
         self._forking = False
 
     @contextmanager
     def inside(self) -> Iterator[None]:
         """Hold off forks; wait while there is one."""
-        with self._changed:
-            while self._forking:
-                self._changed.wait()
-            self._inside += 1
+        counted = False
         try:
+            with self._lock:
+                while self._forking:
+                    self._changed.wait()
+                self._inside += 1
+                counted = True
             yield
         finally:
-            with self._changed:
-                self._inside -= 1
-                if self._forking:
-                    self._changed.notify_all()
+            if counted:
+                with self._lock:
+                    self._inside -= 1
+                    if self._forking:
+                        self._changed.notify_all()
 
     def close(self) -> None:
         """Let nobody in, and wait until all are out, or long enough."""
         deadline_s = time.monotonic() + _FORK_WAIT_S
-        with self._changed:
+        with self._lock:
             self._forking = True
             while self._inside and (left_s := deadline_s - time.monotonic()) > 0:
                 self._changed.wait(left_s)
 
     def open(self) -> None:
         """Let calls in again."""
-        with self._changed:
+        with self._lock:
             self._forking = False
             self._changed.notify_all()
 

@@ -263,3 +263,54 @@ def test_a_signal_handler_may_write_whatever_it_interrupts(
         assert handle.refresh().messages == ({"by": "main"}, {"by": "handler"})
         handle.append({"by": "main again"})
         assert handle.message_count == 3
+
+
+def test_ctrl_c_at_any_moment_holds_up_nothing_afterwards(shared_daemon: Daemon, key: str) -> None:
+    """Python looks for signals where a function begins, so an append is interrupted there, each time."""
+    code = """
+        import os, sys, time
+        import grpc
+        from sessionstore import SessionStore
+        target, key = sys.argv[1:]
+        store = SessionStore(target, timeout=20)
+        handle = store.session(key)
+        sent = []
+        def interrupted_at(place):
+            begun = 0
+            def trace(frame, event, argument):
+                nonlocal begun
+                at = frame
+                while at is not None:
+                    if at.f_code.co_filename.startswith(os.path.dirname(grpc.__file__)):
+                        return  # what an interruption inside grpc does to grpc is not asked here
+                    at = at.f_back
+                begun += 1
+                if begun == place:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            sent.append(place)
+            sys.settrace(trace)
+            try:
+                handle.append({"n": place})
+            except KeyboardInterrupt:
+                return True
+            finally:
+                sys.settrace(None)
+            return False
+        place = 1
+        while interrupted_at(place):
+            place += 1
+        assert place > 50
+        for n in range(1100):
+            handle.append({"n": -1})
+        found = [message["n"] for message in handle.refresh().messages if message["n"] > 0]
+        assert len(found) == len(set(found)) and set(found) <= set(sent), found
+        begun = time.monotonic()
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+        store.close()
+        print(time.monotonic() - begun < 5, flush=True)
+    """
+    assert output(python(code, shared_daemon.address, key)) == "True\n"
