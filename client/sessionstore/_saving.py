@@ -16,7 +16,8 @@ It must not know of keys' owners, grpc or retries of one call.
 import json
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
@@ -70,8 +71,23 @@ class Record:
     """The `created_at` that the object was given here."""
     unanswered: tuple[Rpc, Step] | None = None
     """A write whose outcome is not known."""
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: "threading.RLock" = field(default_factory=threading.RLock)
     """Held around every use of all the others."""
+    busy: bool = False
+    """In use by the thread that holds the lock. It may find that in a signal handler that interrupted it."""
+
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Hold the record against other threads; False in a signal handler that interrupted its user."""
+        with self.lock:
+            if self.busy:
+                yield False
+                return
+            self.busy = True
+            try:
+                yield True
+            finally:
+                self.busy = False
 
 
 class Saver:

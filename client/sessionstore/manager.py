@@ -96,7 +96,7 @@ class SessionManager(Forkable):
         self.workspace = workspace
         self._store = SessionStore(_target(workspace), timeout=timeout)
         self._saver = Saver(self._store._driver.run, self.save)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         # What is known of each object, by its id; an entry goes when its object goes.
         self._records: dict[int, Record] = {}
         # The object of each key, as long as anybody holds it, and those that the manager itself holds.
@@ -138,8 +138,9 @@ class SessionManager(Forkable):
             session = self._known(key)
         if session is not None:
             record = self._record(session)
-            with record.lock:
-                self._saver.read(session, record)
+            with record.alone() as alone:
+                if alone:
+                    self._saver.read(session, record)
             return self._keep(session)
         made = Session(key)
         record = Record(key, self._reference(made))
@@ -166,7 +167,12 @@ class SessionManager(Forkable):
         if not isinstance(session, Session):
             raise ops.invalid("session", f"must be a Session, not {type(session).__name__}")
         record = self._record(session)
-        with record.lock, self._store._driver.begun():
+        with record.alone() as alone, self._store._driver.begun():
+            if not alone:
+                raise RuntimeError(
+                    f"session {session.key!r} is being saved or read by the very call that this signal "
+                    "handler interrupted; save it when that call has returned"
+                )
             self._saver.save(session, record)
         self._keep(session)
 
@@ -242,15 +248,15 @@ class SessionManager(Forkable):
         if record is None or not record.lock.acquire(blocking=False):
             return False
         try:
-            return record.known and not is_unsaved(session, record)
+            return not record.busy and record.known and not is_unsaved(session, record)
         finally:
             record.lock.release()
 
     def _after_fork_in_child(self) -> None:
         """Locks that other threads of the parent held are held by nobody here."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         for record in list(self._records.values()):
-            record.lock = threading.Lock()
+            record.lock, record.busy = threading.RLock(), False
 
 
 def _target(workspace: Path | str) -> str:

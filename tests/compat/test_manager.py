@@ -5,6 +5,7 @@ import gc
 import inspect
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -382,6 +383,41 @@ def test_one_session_saved_by_many_threads_at_once_is_stored_once(
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(here.save, [session] * 16))
     assert texts(store.session(key).messages) == texts(session.messages) == ["0", "1", "2", "3", "4"]
+
+
+@pytest.mark.timeout(30)
+def test_a_signal_handler_is_told_when_it_interrupted_the_very_save(
+    here: SessionManager, store: SessionStore, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, other = here.get_or_create(key), here.get_or_create(key + "/other")
+    session.add_message("user", "1")
+    connection = here._store._driver._connection
+    send, told = connection.send, []
+
+    def handler(*_: object) -> None:
+        assert here.get_or_create(key) is session
+        other.add_message("user", "from the handler")
+        here.save(other)
+        with pytest.raises(RuntimeError, match="signal handler") as caught:
+            here.save(session)
+        told.append(caught.value)
+
+    def interrupted(rpc: Any, timeout_s: float) -> Any:
+        monkeypatch.setattr(connection, "send", send)
+        signal.raise_signal(signal.SIGUSR1)
+        return send(rpc, timeout_s)
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        monkeypatch.setattr(connection, "send", interrupted)
+        here.save(session)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert len(told) == 1
+    assert texts(store.session(key).messages) == ["1"]
+    assert texts(store.session(key + "/other").messages) == ["from the handler"]
+    here.save(session)
+    assert texts(store.session(key).messages) == ["1"]
 
 
 def test_a_forked_child_goes_on(shared_daemon: Daemon, store: SessionStore, key: str) -> None:
