@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from crash.by_hand import opened, round_of
+from crash.by_hand import BY_HAND, A, opened, round_of
 from crash.disks import WatchedDisk
-from engines import done
+from engines import done, lines
 from sessionstored.engine.jsonl import DEFAULT_TUNING, JsonlEngine, open_jsonl
 from sessionstored.engine.jsonl.blocks import BLOCK_BYTES
-from sessionstored.rules import Append, Head
+from sessionstored.rules import Append, Head, Replace
 
 MESSAGES = 10_000
 UNSCRUBBED = replace(DEFAULT_TUNING, scrub_bytes_per_s_max=0)  # only what is asked for is read
@@ -98,6 +98,22 @@ async def test_reading_the_end_of_a_cold_session_reads_its_last_blocks(tmp_path:
     assert list(middle.lines) == [message(n) for n in range(5_000, 5_010)]
     assert sum(size for _, size in reads.ranges) <= 4 * BLOCK_BYTES
     await engine.close()
+
+
+async def test_changes_at_the_front_of_many_sessions_do_not_hold_all_of_them_in_memory(tmp_path: Path):
+    """What stands behind a change waits in memory until its file is written anew."""
+    size = 1 << 20
+    tuning = replace(BY_HAND, cache_bytes_max=size, pinned_bytes_max=4 * size)
+    async with opened(tmp_path, tuning=tuning) as engine:
+        for n in range(20):
+            await done(engine, Append(f"k{n}", [b'{"p": "%s"}' % (b"x" * 1000)] * 1000))
+        held = []
+        for n in range(20):
+            await done(engine, Replace(f"k{n}", 0, 1, [A]))
+            held.append(engine._vault._cached_bytes)
+        assert max(held) < 7 * size
+        for n in range(20):
+            assert len(await lines(engine, f"k{n}")) == 1000
 
 
 async def test_what_an_append_and_its_checkpoint_write_does_not_grow_with_the_session(tmp_path: Path):

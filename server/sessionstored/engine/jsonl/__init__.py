@@ -64,6 +64,8 @@ class Tuning:
     """Journal bytes that start a checkpoint early."""
     backlog_bytes_max: int = 256 << 20
     """Journal bytes at which appends wait, and then are refused."""
+    pinned_bytes_max: int = 512 << 20
+    """Bytes of messages that wait in memory for their files, beside the cache, at which they do, too."""
     reserve_bytes: int = 16 << 20
     """Free disk space that only deletions may use."""
     checkpoint_interval_s: float = 5.0
@@ -258,16 +260,23 @@ class JsonlEngine:
             )
         deadline = self._loop.time() + tuning.backlog_wait_s
         makes_room = all(isinstance(request.mutation, Delete) for request in requests)
-        while self._vault.backlog_bytes > tuning.backlog_bytes_max and not makes_room:
+        while not makes_room and (waiting := self._files_lack()):
             self._maintenance.nudge()
             if self._loop.time() > deadline:
-                limit = tuning.backlog_bytes_max
-                raise Refused(
-                    _overloaded(f"more than {limit} journal bytes wait for the session files", limit)
-                )
+                kind, limit = waiting
+                raise Refused(_overloaded(f"more than {limit} {kind} wait for the session files", limit))
             await asyncio.sleep(0.02)
         if self._closing or self._committer.failure:  # the last thing looked at before the job is queued
             raise Refused(STOPPING)
+
+    def _files_lack(self) -> tuple[str, int] | None:
+        """What waits for the session files beyond its bound, and that bound."""
+        tuning = self._tuning
+        if self._vault.backlog_bytes > tuning.backlog_bytes_max:
+            return "journal bytes", tuning.backlog_bytes_max
+        if self._vault.pinned_bytes() > tuning.pinned_bytes_max:
+            return "bytes in memory", tuning.pinned_bytes_max
+        return None
 
     async def _warm(self, request: Request, pinned: list[State]) -> None:
         """Bring into memory, and pin, what a mutation needs, so that the committer need not read."""

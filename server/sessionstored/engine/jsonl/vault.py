@@ -235,6 +235,14 @@ class Vault:
             self.dirty[state.key] = state
         self._shrink()
 
+    def pinned_bytes(self) -> int:
+        """How many bytes of messages are in memory beyond the cache's bound: they wait for their files."""
+        if self._cached_bytes <= self._cache_bytes_max:
+            return 0
+        with self.lock:
+            self._shrink()
+            return max(0, self._cached_bytes - self._cache_bytes_max)
+
     def _place(self, state: State) -> None:
         """Make a state the one of its key."""
         other = self.states.get(state.key)
