@@ -1,6 +1,7 @@
 """A full disk refuses and heals: nothing acknowledged is lost or doubled, deletions go on, no restart."""
 
 import asyncio
+import itertools
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -314,11 +315,12 @@ async def test_a_storm_of_writers_through_a_disk_that_fills_and_empties(fast_pat
                 await asyncio.sleep(0.001)
 
     async def fill(stop: Callable[[], bool]) -> None:
-        while not stop():
-            disk.room = 700
-            await asyncio.sleep(0.02)
-            disk.room = None
-            await asyncio.sleep(0.02)
+        for answers, room in itertools.cycle(((refused, 700), (acknowledged, None))):
+            disk.room, before = room, len(answers)
+            while len(answers) == before and not stop():
+                await asyncio.sleep(0.001)
+            if stop():
+                return
 
     async with opened(fast_path, disk, tuning=fast) as engine:
         writers = asyncio.gather(*(write(engine, f"w{n}") for n in range(3)))
