@@ -16,7 +16,8 @@ from sessionstore import AsyncSessionHandle, AsyncSessionStore, SessionStore
 from sessionstore.errors import ConflictError, OutcomeUnknownError
 
 KINDS = ("sync", "async")
-WAIT_S = 100.0
+WAIT_S = 300.0
+TIMEOUT_S = 100.0
 
 
 class Driver:
@@ -33,7 +34,8 @@ class Driver:
             self._thread.start()
 
     def open(self, target: str, **arguments: Any) -> Any:
-        """A store; its methods are plain calls."""
+        """A store; its methods are plain calls. Unless told otherwise it has time enough on any machine."""
+        arguments.setdefault("timeout", TIMEOUT_S)
         if self.kind == "sync":
             store: Any = SessionStore(target, **arguments)
         else:
@@ -62,6 +64,22 @@ class Driver:
 
     def wrap(self, value: Any) -> Any:
         return _Plain(self, value) if isinstance(value, AsyncSessionHandle) else value
+
+
+@contextmanager
+def impatient(store: Any, timeout_s: float = 0.4) -> Iterator[None]:
+    """Give the calls of a store, which had time enough to connect, so little time that they give up."""
+    driver = driver_of(store)
+    before, driver._timeout_s = driver._timeout_s, timeout_s
+    try:
+        yield
+    finally:
+        driver._timeout_s = before
+
+
+def driver_of(store: Any) -> Any:
+    """The SDK's own driver of a store of either kind."""
+    return getattr(store, "_inner", store)._driver
 
 
 async def _awaited(awaitable: Any) -> Any:

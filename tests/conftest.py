@@ -11,6 +11,14 @@ from pathlib import Path
 
 import pytest
 from daemons import Daemon
+from hypothesis import HealthCheck, settings
+
+# No verdict about how fast an example was made or run: a slow machine is not a defect. What fails is printed
+# in a form that repeats it.
+settings.register_profile(
+    "any machine", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 
 @pytest.fixture

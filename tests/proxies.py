@@ -5,8 +5,6 @@ import socket
 import threading
 from dataclasses import dataclass
 
-_STEP_S = 0.2
-
 
 @dataclass
 class Cut:
@@ -82,7 +80,7 @@ class Proxy:
                 client.close()
                 continue
             try:
-                daemon = socket.create_connection(self._to, timeout=5)
+                daemon = socket.create_connection(self._to, timeout=60)
             except OSError:
                 client.close()
                 continue

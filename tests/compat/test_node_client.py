@@ -12,8 +12,8 @@ import pytest
 
 SOURCES = Path(__file__).parent / "node"
 PROTO = Path(__file__).resolve().parents[2] / "proto"
-INSTALL_TIMEOUT_S = 120
-RUN_TIMEOUT_S = 30
+INSTALL_TIMEOUT_S = 300
+RUN_TIMEOUT_S = 120
 MISSING = [name for name in ("node", "npm") if not shutil.which(name)]
 needs_node = pytest.mark.skipif(
     bool(MISSING), reason=f"Only the Node test needs Node: there is no {' and no '.join(MISSING)} on PATH"
@@ -47,7 +47,6 @@ def run(client: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str
 
 
 @needs_node
-@pytest.mark.timeout(INSTALL_TIMEOUT_S + 2 * RUN_TIMEOUT_S)
 def test_a_client_made_of_the_proto_files_appends_once_and_reads_the_bytes_back(node_client, daemon):
     done = run(node_client, daemon.address, PROTO, "node:ключ")
     assert done.returncode == 0, done.stderr
@@ -64,7 +63,6 @@ def test_a_client_made_of_the_proto_files_appends_once_and_reads_the_bytes_back(
 
 
 @needs_node
-@pytest.mark.timeout(INSTALL_TIMEOUT_S + RUN_TIMEOUT_S)
 def test_it_says_how_it_is_used(node_client):
     done = run(node_client)
     assert done.returncode == 2

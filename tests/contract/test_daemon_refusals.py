@@ -253,7 +253,7 @@ def ids(table: dict[str, object]) -> dict[str, object]:
 
 
 def send(daemon, method: str, request: object) -> object:
-    reply = getattr(daemon.stub, method)(request, timeout=20)
+    reply = getattr(daemon.stub, method)(request, timeout=100)
     return list(reply) if method == "ReadMessages" else reply
 
 
@@ -428,5 +428,5 @@ def test_the_longest_key_in_the_widest_script_fits_the_trailers(shared_daemon):
 
 def test_an_unknown_method_is_unimplemented(shared_daemon):
     with channel_to(shared_daemon.address) as channel, pytest.raises(grpc.RpcError) as caught:
-        channel.unary_unary("/sessionstore.v1.SessionStore/Nope")(b"", timeout=10)
+        channel.unary_unary("/sessionstore.v1.SessionStore/Nope")(b"", timeout=60)
     assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED

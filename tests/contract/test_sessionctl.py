@@ -34,7 +34,7 @@ class Ctl:
         environment = clean_environment() | {"SESSIONSTORE_TARGET": self.target}
         command = [str(COMMAND), *map(str, arguments)]
         return subprocess.run(
-            command, input=stdin, env=environment, capture_output=True, check=False, timeout=30
+            command, input=stdin, env=environment, capture_output=True, check=False, timeout=120
         )
 
     def out(self, *arguments: str | Path, stdin: bytes = b"") -> str:
@@ -102,7 +102,7 @@ def test_show_has_colours_on_a_terminal(daemon):
     put(daemon, "a:b", b'{"role":"user","content":"\\u001b[2Jhi"}')
     environment = clean_environment() | {"SESSIONSTORE_TARGET": daemon.address, "TERM": "xterm-256color"}
     reader, writer = os.openpty()
-    done = subprocess.run([COMMAND, "show", "a:b"], stdout=writer, env=environment, check=True, timeout=30)
+    done = subprocess.run([COMMAND, "show", "a:b"], stdout=writer, env=environment, check=True, timeout=120)
     os.close(writer)
     shown = os.read(reader, 65536).decode()
     os.close(reader)
@@ -349,7 +349,7 @@ def test_what_was_exported_is_imported_again_byte_for_byte(daemon, ctl, make_dae
 def small_store(make_daemon: Callable[..., Daemon]) -> Iterator[SessionStore]:
     """A client of a daemon that takes four messages at a time."""
     daemon = make_daemon(flags=("--batch-messages-max", "4")).start()
-    with SessionStore(daemon.address, timeout=10) as store:
+    with SessionStore(daemon.address, timeout=60) as store:
         yield store
 
 

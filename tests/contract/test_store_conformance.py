@@ -396,7 +396,7 @@ def test_writers_at_once_lose_nothing(driver: Driver, served: Daemon, key: str) 
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
     assert not failures, failures
     stored = list(driver.open(served.address).session(key).messages)
     assert len(stored) == writers * count

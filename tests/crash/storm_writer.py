@@ -21,7 +21,7 @@ from sessionstore.v1 import session_pb2, session_store_pb2, session_store_pb2_gr
 
 KEYS = ("storm:a", "storm:b", "storm/c", "storm_a", "ключ")
 CALL_TIMEOUT_S = 5.0
-GIVE_UP_S = 60.0
+GIVE_UP_S = 120.0
 TRANSIENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNKNOWN)
 
 

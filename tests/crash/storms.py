@@ -23,7 +23,7 @@ from sessionstore.v1 import session_store_pb2
 
 WRITERS = 4
 ACKNOWLEDGED_PER_KILL = 20
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 Messages = dict[str, list[dict[str, object]]]
 
@@ -142,7 +142,7 @@ def _log(path: Path) -> list[dict[str, object]]:
 
 def _stored(daemon: Daemon, key: str) -> Iterator[dict[str, object]]:
     """A session's messages, by a stream of blocks."""
-    for block in daemon.stub.ReadMessages(session_store_pb2.ReadMessagesRequest(key=key), timeout=30):
+    for block in daemon.stub.ReadMessages(session_store_pb2.ReadMessagesRequest(key=key), timeout=100):
         yield from map(json.loads, block.messages.splitlines())
 
 

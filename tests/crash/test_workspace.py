@@ -21,12 +21,12 @@ def served(make_daemon: Callable[..., Daemon], tmp_path: Path) -> Daemon:
 
 
 def messages(daemon: Daemon, key: str) -> list[bytes]:
-    blocks = daemon.stub.ReadMessages(pb.ReadMessagesRequest(key=key), timeout=10)
+    blocks = daemon.stub.ReadMessages(pb.ReadMessagesRequest(key=key), timeout=60)
     return b"".join(each.messages for each in blocks).splitlines()
 
 
 def append(daemon: Daemon, key: str, *new: object) -> pb.AppendMessagesResponse:
-    return daemon.stub.AppendMessages(pb.AppendMessagesRequest(key=key, messages=block(*new)), timeout=10)
+    return daemon.stub.AppendMessages(pb.AppendMessagesRequest(key=key, messages=block(*new)), timeout=60)
 
 
 def read_all(daemon: Daemon) -> None:
@@ -46,7 +46,7 @@ def test_the_daemon_agrees_with_what_is_expected_of_every_file(served: Daemon) -
                 "5",
             )
             continue
-        session = served.stub.GetSession(pb.GetSessionRequest(key=key), timeout=10).session
+        session = served.stub.GetSession(pb.GetSessionRequest(key=key), timeout=60).session
         assert session.message_count == expected["messages"], name
         if "metadata" in expected:
             assert json.loads(session.metadata) == expected["metadata"], name
@@ -62,7 +62,7 @@ def test_the_daemon_agrees_with_what_is_expected_of_every_file(served: Daemon) -
 
 
 def test_the_whole_workspace_is_listed(served: Daemon) -> None:
-    listed = served.stub.ListSessions(pb.ListSessionsRequest(page_size=100), timeout=10).sessions
+    listed = served.stub.ListSessions(pb.ListSessionsRequest(page_size=100), timeout=60).sessions
     assert {
         session.key: session.message_count for session in listed if session.key != EXPECTED[BAD]["key"]
     } == {expected["key"]: expected["messages"] for name, expected in EXPECTED.items() if name != BAD}
@@ -81,7 +81,7 @@ def test_no_file_changes_until_its_session_is_written_to(served: Daemon, tmp_pat
         pb.UpdateSessionRequest(
             key="plain", last_consolidated=2, update_mask={"paths": ["last_consolidated"]}
         ),
-        timeout=10,
+        timeout=60,
     )
     assert served.terminate() == 0
     after = prints(served.data)
@@ -96,23 +96,23 @@ def test_one_can_go_back_to_plain_files(served: Daemon) -> None:
     """After writes of every kind and a clean stop, plain files say what the daemon said."""
     stub, keys = served.stub, {str(EXPECTED[name]["key"]): name for name in HEALTHY}
     append(served, "cli:direct", {"role": "user", "content": "one"}, {"role": "assistant", "content": "two"})
-    stub.PopMessage(pb.PopMessageRequest(key="telegram:8812733"), timeout=10)
+    stub.PopMessage(pb.PopMessageRequest(key="telegram:8812733"), timeout=60)
     stub.ReplaceMessages(
         pb.ReplaceMessagesRequest(key="plain", start=1, delete_count=2, messages=block({"new": 1})),
-        timeout=10,
+        timeout=60,
     )
-    stub.ReplaceMessages(pb.ReplaceMessagesRequest(key="whatsapp:a_b", start=0), timeout=10)
+    stub.ReplaceMessages(pb.ReplaceMessagesRequest(key="whatsapp:a_b", start=0), timeout=60)
     stub.UpdateSession(
         pb.UpdateSessionRequest(
             key="cron:heartbeat", metadata=b'{"big": 9007199254740993}', update_mask={"paths": ["metadata"]}
         ),
-        timeout=10,
+        timeout=60,
     )
     for torn in TORN:
         append(served, str(EXPECTED[torn]["key"]), {"role": "user", "content": "after the tear"})
     keys |= {str(EXPECTED[torn]["key"]): torn for torn in TORN}
     said = {key: list(map(json.loads, messages(served, key))) for key in keys}
-    heads = {key: stub.GetSession(pb.GetSessionRequest(key=key), timeout=10).session for key in keys}
+    heads = {key: stub.GetSession(pb.GetSessionRequest(key=key), timeout=60).session for key in keys}
     assert served.terminate() == 0
     for key, name in keys.items():
         plain = read_session(served.data / "sessions" / name)
@@ -155,14 +155,14 @@ def test_a_session_with_a_bad_line_inside_is_left_alone_but_can_be_deleted(serve
     before = path.read_bytes()
     for call in (
         lambda: append(served, key, {"role": "user"}),
-        lambda: served.stub.PopMessage(pb.PopMessageRequest(key=key), timeout=10),
-        lambda: served.stub.ForkSession(pb.ForkSessionRequest(source_key=key, key="fork"), timeout=10),
-        lambda: served.stub.CreateSession(pb.CreateSessionRequest(key=key), timeout=10),
+        lambda: served.stub.PopMessage(pb.PopMessageRequest(key=key), timeout=60),
+        lambda: served.stub.ForkSession(pb.ForkSessionRequest(source_key=key, key="fork"), timeout=60),
+        lambda: served.stub.CreateSession(pb.CreateSessionRequest(key=key), timeout=60),
     ):
         assert refusal(call).reason == "DATA_LOSS"
     assert path.read_bytes() == before
     aside = quarantined(served.data)
-    served.stub.DeleteSession(pb.DeleteSessionRequest(key=key), timeout=10)
+    served.stub.DeleteSession(pb.DeleteSessionRequest(key=key), timeout=60)
     wait_until(lambda: not path.exists())
     assert sorted([*aside, before]) == quarantined(served.data)
     served.restart(kill=True)

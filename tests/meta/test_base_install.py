@@ -38,7 +38,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("base")
     venv.create(home, with_pip=True)
     output_of(home / "bin/pip", "install", "--quiet", "--disable-pip-version-check",
-              "--constraint", ROOT / "constraints.txt", ROOT, cwd=home, timeout_s=280)
+              "--constraint", ROOT / "constraints.txt", ROOT, cwd=home, timeout_s=500)
     return home
 
 
@@ -46,7 +46,6 @@ def size_kib(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) // 1024
 
 
-@pytest.mark.timeout(300)
 def test_it_imports_the_sdk_alone(installed: Path, capsys: pytest.CaptureFixture[str]):
     python = installed / "bin/python"
     output_of(python, "-c", PROBE, cwd=installed)  # compiles
@@ -61,7 +60,6 @@ def test_it_imports_the_sdk_alone(installed: Path, capsys: pytest.CaptureFixture
     assert whole < 100 * 1024
 
 
-@pytest.mark.timeout(300)
 def test_it_pulls_no_dependency_of_the_daemon(installed: Path):
     listed = output_of(installed / "bin/pip", "list", "--format=json", "--disable-pip-version-check")
     names = {entry["name"].lower() for entry in json.loads(listed)}
@@ -69,7 +67,6 @@ def test_it_pulls_no_dependency_of_the_daemon(installed: Path):
     assert names & extras_only() == set()
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("command", "extra"), [("sessionstored", "server"), ("sessionctl", "cli")])
 def test_a_command_without_its_extra_says_what_to_install(installed: Path, command: str, extra: str):
     done = run(installed / "bin" / command, "--help", cwd=installed)

@@ -59,7 +59,7 @@ async def served(config: Config = CONFIG) -> tuple[asyncio.Task[int], str]:
     """A daemon in this process, and its address."""
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     task = asyncio.create_task(server.serve(config, lambda addresses: ready.set_result(addresses[0])))
-    await asyncio.wait((task, ready), timeout=10, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait((task, ready), timeout=60, return_when=asyncio.FIRST_COMPLETED)
     if task.done():
         task.result()
     return task, ready.result()
@@ -71,9 +71,9 @@ async def test_a_storage_failure_ends_the_daemon_at_once_and_says_so(engine, cap
     async with grpc.aio.insecure_channel(address) as channel:
         stub = session_store_pb2_grpc.SessionStoreStub(channel)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stub.AppendMessages(v1.AppendMessagesRequest(key="k", messages=b"{}\n"), timeout=5)
+            await stub.AppendMessages(v1.AppendMessagesRequest(key="k", messages=b"{}\n"), timeout=60)
     assert caught.value.code() == grpc.StatusCode.UNKNOWN
-    assert await asyncio.wait_for(task, 5) == server.EXIT_STORAGE_FAILED == 3
+    assert await asyncio.wait_for(task, 60) == server.EXIT_STORAGE_FAILED == 3
     assert engine.closed == 0, "what memory says about the disk is not to be believed"
     (record,) = [record for record in caplog.records if record.levelno == logging.CRITICAL]
     assert "fdatasync: Input/output error" in record.getMessage()
@@ -85,7 +85,7 @@ async def test_a_storage_failure_during_the_last_flush_is_no_clean_stop(engine, 
     monkeypatch.setattr(server, "_stop_on_signals", lambda: stop)
     task, _ = await served()
     stop.set()
-    assert await asyncio.wait_for(task, 5) == server.EXIT_STORAGE_FAILED
+    assert await asyncio.wait_for(task, 60) == server.EXIT_STORAGE_FAILED
 
 
 async def test_a_stop_closes_the_store(engine, monkeypatch):
@@ -93,7 +93,7 @@ async def test_a_stop_closes_the_store(engine, monkeypatch):
     monkeypatch.setattr(server, "_stop_on_signals", lambda: stop)
     task, _ = await served()
     stop.set()
-    assert await asyncio.wait_for(task, 5) == server.EXIT_OK == 0
+    assert await asyncio.wait_for(task, 60) == server.EXIT_OK == 0
     assert engine.closed == 1
 
 
@@ -103,7 +103,7 @@ async def test_a_daemon_that_cannot_bind_closes_its_store(engine):
         await server.serve(Config(data="unused", listen=(address,), store="memory"), lambda _: None)
     assert engine.closed == 1
     engine.broken.set()
-    assert await asyncio.wait_for(first, 5) == server.EXIT_STORAGE_FAILED
+    assert await asyncio.wait_for(first, 60) == server.EXIT_STORAGE_FAILED
 
 
 async def test_a_daemon_that_cannot_say_that_it_is_ready_closes_its_store(engine):
