@@ -1,6 +1,7 @@
 """The daemon as a process: what it prints, where it listens, how it ends."""
 
 import asyncio
+import os
 import shutil
 import signal
 import socket
@@ -34,7 +35,7 @@ def command(*arguments: object, **environment: str) -> subprocess.CompletedProce
         [sys.executable, "-m", "sessionstored", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=False,
         env=clean_environment() | environment,
     )
@@ -67,7 +68,7 @@ def test_stdout_has_one_line_per_address_and_nothing_else(make_daemon, short_pat
         address = line.removeprefix("listening on ").rstrip("\n")
         with channel_to(address) as channel:
             stub = session_store_pb2_grpc.SessionStoreStub(channel)
-            assert stub.GetServerInfo(v1.GetServerInfoRequest(), timeout=10).engine == "memory"
+            assert stub.GetServerInfo(v1.GetServerInfoRequest(), timeout=60).engine == "memory"
     assert daemon.stdout[1] == f"listening on unix:{path}\n"
     assert daemon.terminate() == 0
     assert len(daemon.stdout) == 3
@@ -144,7 +145,7 @@ def test_the_default_address_and_directory_are_the_users_own(make_daemon, short_
         assert stat.S_IMODE(sock.parent.stat().st_mode) == 0o700
         assert stat.S_IMODE((short_path / "share" / "sessionstore").stat().st_mode) == 0o700
         process.terminate()
-        assert process.wait(12) == 0
+        assert process.wait(60) == 0
         assert process.stdout.read() == ""
     finally:
         process.kill()
@@ -193,7 +194,7 @@ def test_other_addresses_than_loopback_need_the_word(tmp_path, address):
 
 def test_with_the_word_they_are_served_with_a_warning(make_daemon):
     daemon = make_daemon(listen="0.0.0.0:0", flags=("--insecure",)).start()
-    assert "0.0.0.0:0: anybody who reaches it" in daemon.stderr
+    wait_until(lambda: "0.0.0.0:0: anybody who reaches it" in daemon.stderr, what="the warning")
     port = daemon.address.rpartition(":")[2]
     assert command("health", "--target", f"127.0.0.1:{port}").returncode == 0
 
@@ -245,7 +246,7 @@ def test_a_port_in_use_leaves_the_directory_free(make_daemon, tmp_path):
 def health(daemon: Daemon, service: str) -> int:
     with channel_to(daemon.address) as channel:
         request = health_pb2.HealthCheckRequest(service=service)
-        return health_pb2_grpc.HealthStub(channel).Check(request, timeout=10).status
+        return health_pb2_grpc.HealthStub(channel).Check(request, timeout=60).status
 
 
 def test_health(shared_daemon):
@@ -287,7 +288,7 @@ def test_reflection_lists_the_service(shared_daemon):
     with channel_to(shared_daemon.address) as channel:
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
         (answer,) = stub.ServerReflectionInfo(
-            iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=10
+            iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=60
         )
     names = {service.name for service in answer.list_services_response.service}
     assert {SERVICE, "grpc.health.v1.Health"} <= names
@@ -296,22 +297,22 @@ def test_reflection_lists_the_service(shared_daemon):
 # how it ends ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("daemon", ["memory:", "jsonl"], indirect=True)
+@pytest.mark.parametrize("store", ["memory:", "jsonl"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_under_load_answers_what_was_accepted_and_ends_with_0(daemon, number):
+def test_a_signal_under_load_answers_what_was_accepted_and_ends_with_0(make_daemon, store, number):
+    daemon = make_daemon(store=store, flags=("--drain-s-max", "300")).start()
     stop = threading.Event()
-    acknowledged: list[list[int]] = []
+    acknowledged: list[list[int]] = [[] for _ in range(4)]
     wrong: list[str] = []
 
     def write(writer: int) -> None:
-        mine: list[int] = []
-        acknowledged.append(mine)
+        mine = acknowledged[writer]
         with channel_to(daemon.address) as channel:
             stub = session_store_pb2_grpc.SessionStoreStub(channel)
             for n in range(100_000):
                 request = v1.AppendMessagesRequest(key=f"w{writer}", messages=block({"n": n}))
                 try:
-                    stub.AppendMessages(request, timeout=10)
+                    stub.AppendMessages(request, timeout=100)
                 except grpc.RpcError as error:
                     if error.code() != grpc.StatusCode.UNAVAILABLE:
                         wrong.append(f"{error.code()} {error.details()}")
@@ -323,24 +324,20 @@ def test_a_signal_under_load_answers_what_was_accepted_and_ends_with_0(daemon, n
     with ThreadPoolExecutor(4) as pool:
         writers = [pool.submit(write, writer) for writer in range(4)]
         wait_until(lambda: sum(map(len, acknowledged)) > 100, what="100 appends")
-        began = time.monotonic()
         daemon.send_signal(number)
-        code = daemon.wait()
-        took = time.monotonic() - began
+        code = daemon.wait()  # long before the drain would end by itself
         stop.set()
         for writer in writers:
-            writer.result(20)
+            writer.result(100)
     assert wrong == []
     assert code == 0, daemon.stderr
-    assert took < 10
+    assert "still under way" not in daemon.stderr
     if daemon.store == "jsonl":
         daemon.start()
         for writer in range(4):
             got = daemon.stub.GetSession(v1.GetSessionRequest(key=f"w{writer}", last=0))
-            mine = next(each for each in acknowledged if len(each) <= got.session.message_count)
-            acknowledged.remove(mine)
             # One more at the most: accepted, and its answer cut off.
-            assert got.session.message_count - len(mine) <= 1
+            assert got.session.message_count - len(acknowledged[writer]) in (0, 1)
 
 
 def stuck_stream(daemon: Daemon) -> grpc.Call:
@@ -350,28 +347,50 @@ def stuck_stream(daemon: Daemon) -> grpc.Call:
         daemon.stub.AppendMessages(v1.AppendMessagesRequest(key="k", messages=block(*[message] * 15)))
     stream = daemon.stub.ReadMessages(v1.ReadMessagesRequest(key="k"))
     next(stream)
-    time.sleep(0.5)  # until what gRPC buffers on the way is full
+    wait_until(lambda: is_idle(daemon.pid), what="the moment at which what gRPC buffers on the way is full")
     return stream
 
 
+def is_idle(pid: int, for_s: float = 0.5) -> bool:
+    """Whether a process, and this one that it talks to, did nothing and wanted to do nothing for a while."""
+
+    def done() -> list[tuple[str, str]]:
+        """User and system time of each thread that does not run."""
+        own = str(threading.get_native_id())
+        found = []
+        for each in (pid, os.getpid()):
+            for path in sorted(Path(f"/proc/{each}/task").iterdir()):
+                state, *rest = (path / "stat").read_text().rpartition(")")[2].split()
+                if path.name != own and state != "R":
+                    found.append((path.name, f"{rest[10]} {rest[11]}"))
+        return found
+
+    def threads() -> int:
+        return sum(len(list(Path(f"/proc/{each}/task").iterdir())) for each in (pid, os.getpid()))
+
+    try:
+        before = done()
+        time.sleep(for_s)
+        return before == done() and len(before) == threads() - 1
+    except (FileNotFoundError, ProcessLookupError):  # a thread that ended just now
+        return False
+
+
 def test_open_streams_do_not_hold_up_the_end_and_health_says_so_first(make_daemon):
-    daemon = make_daemon().start()
+    daemon = make_daemon(flags=("--drain-s-max", "300")).start()
     with channel_to(daemon.address) as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
         assert next(watch).status == SERVING
-        began = time.monotonic()
         daemon.send_signal(signal.SIGTERM)
         assert next(watch).status == NOT_SERVING
-        assert daemon.wait() == 0
-        assert time.monotonic() - began < 5
+        assert daemon.wait() == 0  # long before the drain would end by itself
+        assert "still under way" not in daemon.stderr
 
 
 def test_a_reader_that_does_not_read_holds_up_the_end_for_no_longer_than_the_drain(make_daemon):
     daemon = make_daemon(flags=("--drain-s-max", "0.5")).start()
     stream = stuck_stream(daemon)
-    began = time.monotonic()
     assert daemon.terminate() == 0
-    assert time.monotonic() - began < 5
     assert "1 calls were still under way after 0.5 s" in daemon.stderr
     with pytest.raises(grpc.RpcError) as caught:
         list(stream)
@@ -379,12 +398,12 @@ def test_a_reader_that_does_not_read_holds_up_the_end_for_no_longer_than_the_dra
 
 
 def test_new_work_is_refused_while_the_daemon_drains(make_daemon):
-    daemon = make_daemon(flags=("--drain-s-max", "8")).start()
+    daemon = make_daemon(flags=("--drain-s-max", "300")).start()
     stream = stuck_stream(daemon)
     daemon.send_signal(signal.SIGTERM)
     wait_until(lambda: "SIGTERM: stopping" in daemon.stderr)
     with pytest.raises(grpc.RpcError) as caught:
-        daemon.stub.GetSession(v1.GetSessionRequest(key="k"), timeout=5)
+        daemon.stub.GetSession(v1.GetSessionRequest(key="k"), timeout=60)
     got = refusal_of(caught.value)
     assert (got.code, got.reason, got.metadata) == ("UNAVAILABLE", "SHUTTING_DOWN", {})
     stream.cancel()
@@ -392,13 +411,13 @@ def test_new_work_is_refused_while_the_daemon_drains(make_daemon):
 
 
 def test_a_second_signal_ends_it_at_once(make_daemon):
-    daemon = make_daemon(flags=("--drain-s-max", "30")).start()
+    daemon = make_daemon(flags=("--drain-s-max", "300")).start()
     stream = stuck_stream(daemon)
     daemon.send_signal(signal.SIGTERM)
     wait_until(lambda: "SIGTERM: stopping" in daemon.stderr)
     assert daemon.process.poll() is None
     daemon.send_signal(signal.SIGTERM)
-    assert daemon.wait(5) == 128 + signal.SIGTERM
+    assert daemon.wait() == 128 + signal.SIGTERM  # long before the drain would end by itself
     stream.cancel()
 
 
@@ -408,7 +427,7 @@ def test_the_daemon_serves_again_on_the_same_address(daemon):
     assert (daemon.address, daemon.pid != pid) == (address, True)
     with channel_to(address) as channel:
         stub = session_store_pb2_grpc.SessionStoreStub(channel)
-        assert stub.GetServerInfo(v1.GetServerInfoRequest(), timeout=10).session_count == 0
+        assert stub.GetServerInfo(v1.GetServerInfoRequest(), timeout=60).session_count == 0
 
 
 # its bounds -------------------------------------------------------------------------------------------------
@@ -421,7 +440,7 @@ def test_more_calls_than_the_bound_are_refused(make_daemon):
         watches = [stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE)) for _ in range(2)]
         assert [next(watch).status for watch in watches] == [SERVING, SERVING]
         with pytest.raises(grpc.RpcError) as caught:
-            daemon.stub.GetServerInfo(v1.GetServerInfoRequest(), timeout=10)
+            daemon.stub.GetServerInfo(v1.GetServerInfoRequest(), timeout=60)
         assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         watches[0].cancel()
         wait_until(lambda: _answers(daemon), what="room for a call")
@@ -430,7 +449,7 @@ def test_more_calls_than_the_bound_are_refused(make_daemon):
 
 def _answers(daemon: Daemon) -> bool:
     try:
-        daemon.stub.GetServerInfo(v1.GetServerInfoRequest(), timeout=10)
+        daemon.stub.GetServerInfo(v1.GetServerInfoRequest(), timeout=60)
     except grpc.RpcError:
         return False
     return True
@@ -461,14 +480,14 @@ def test_more_connections_than_descriptors_leave_the_store_its_own(make_daemon, 
 def test_a_request_beyond_every_bound_is_refused_before_it_is_read(shared_daemon):
     request = v1.AppendMessagesRequest(key="k", messages=b"x" * (40 << 20))
     with pytest.raises(grpc.RpcError) as caught:
-        shared_daemon.stub.AppendMessages(request, timeout=20)
+        shared_daemon.stub.AppendMessages(request, timeout=100)
     assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert _answers(shared_daemon)
 
 
 def test_a_request_somewhat_too_large_is_refused_by_name(shared_daemon):
     request = v1.AppendMessagesRequest(key="k", messages=b'{"x": "%s"}\n' % (b"x" * (18 << 20)))
-    got = refusal(lambda: shared_daemon.stub.AppendMessages(request, timeout=20))
+    got = refusal(lambda: shared_daemon.stub.AppendMessages(request, timeout=100))
     assert got.reason == "BATCH_TOO_LARGE"
     assert got.metadata["limit_bytes"] == str(16 << 20)
 
@@ -476,16 +495,16 @@ def test_a_request_somewhat_too_large_is_refused_by_name(shared_daemon):
 async def test_a_burst_of_calls_within_the_bound_is_answered(shared_daemon):
     async with grpc.aio.insecure_channel(shared_daemon.address) as channel:
         stub = session_store_pb2_grpc.SessionStoreStub(channel)
-        calls = [stub.GetServerInfo(v1.GetServerInfoRequest(), timeout=60) for _ in range(2_500)]
+        calls = [stub.GetServerInfo(v1.GetServerInfoRequest(), timeout=300) for _ in range(2_500)]
         assert len(await asyncio.gather(*calls)) == 2_500
 
 
 def test_what_slow_readers_hold_is_bounded(make_daemon):
     daemon = make_daemon(flags=("--concurrent-bytes-max", str(4 << 20))).start()
     message = {"content": "x" * (3 << 19)}
-    for _ in range(8):
-        daemon.stub.AppendMessages(v1.AppendMessagesRequest(key="k", messages=block(message)), timeout=20)
-    # Nobody reads on: gRPC takes a block or two of each stream, and one more waits in the daemon.
+    for _ in range(16):
+        daemon.stub.AppendMessages(v1.AppendMessagesRequest(key="k", messages=block(message)), timeout=100)
+    # Nobody reads on: gRPC takes some blocks of each stream, not all, and one more waits in the daemon.
     streams, reasons = [], []
     for _ in range(8):
         streams.append(daemon.stub.ReadMessages(v1.ReadMessagesRequest(key="k"), timeout=60))
