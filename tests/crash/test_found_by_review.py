@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from crash.by_hand import BY_HAND, A, B, C, D, crashed, opened, quiet, refusal, round_of, says
+from crash.by_hand import A, B, C, D, crashed, opened, quiet, refusal, round_of, says
 from engines import done, lines, one, request, submit
 from sessionstored.engine import Refused
 from sessionstored.rules import (

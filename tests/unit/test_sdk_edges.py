@@ -8,9 +8,11 @@ from typing import Any
 
 import grpc
 import pytest
+from clients import driver_of
 from daemons import Daemon, wait_until
 from scripted import Scripted, refuse
 from sessionstore import SessionStore, _adriver, _driver, codec
+from sessionstore._operations import INFO
 from sessionstore.errors import (
     ConflictError,
     InvalidArgumentError,
@@ -34,10 +36,21 @@ def scripted() -> Iterator[Scripted]:
 
 
 @pytest.fixture
-def brief_drain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Closing waits for half a second only."""
+def long_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing waits for as long as it takes; `give_up` ends that."""
     for module in (_driver, _adriver):
-        monkeypatch.setattr(module, "DRAIN_S", 0.5)
+        monkeypatch.setattr(module, "DRAIN_S", 300.0)
+
+
+def give_up(store: Any) -> None:
+    """Let a close that waits give up now, as it does when its time is over."""
+    driver = driver_of(store)
+    if isinstance(driver, _adriver.AsyncDriver):
+        driver._loop.call_soon_threadsafe(driver._ended.set)
+        return
+    with driver._changed:
+        driver._under_way = 0
+        driver._changed.notify_all()
 
 
 # ----------------------------------------------------------------- an acknowledged write, and what comes next
@@ -82,8 +95,8 @@ def closing(store: Any, reply: Any) -> Callable[..., Any]:
 
     def answer(_: Any, __: Any) -> Any:
         threading.Thread(target=store.close).start()
-        connection = getattr(store, "_inner", store)._driver._connection
-        wait_until(lambda: connection.closed, 5, "the close")
+        connection = driver_of(store)._connection
+        wait_until(lambda: connection.closed, what="the close")
         return reply
 
     return answer
@@ -91,14 +104,14 @@ def closing(store: Any, reply: Any) -> Callable[..., Any]:
 
 def opened(scripted: Scripted, open_store: Any) -> tuple[Any, Any]:
     """A store, and a handle on a session that does not exist yet."""
-    store = open_store(scripted.address, timeout=20)
+    store = open_store(scripted.address, timeout=300)
     scripted.script = [NOT_FOUND]
     return store, store.session("k")
 
 
 @any_write
 def test_a_write_that_close_meets_is_returned_and_read(
-    scripted: Scripted, open_store: Any, name: str
+    scripted: Scripted, open_store: Any, long_drain: None, name: str
 ) -> None:
     write, reply, right = WRITES[name]
     store, handle = opened(scripted, open_store)
@@ -113,12 +126,17 @@ def test_a_write_that_close_meets_is_returned_and_read(
 
 @any_write
 def test_a_write_is_returned_if_close_gives_up_on_the_read_after_it(
-    scripted: Scripted, open_store: Any, brief_drain: None, name: str
+    scripted: Scripted, open_store: Any, long_drain: None, name: str
 ) -> None:
     write, reply, right = WRITES[name]
     store, handle = opened(scripted, open_store)
     stop = threading.Event()
-    scripted.script = [closing(store, reply), lambda _, __: stop.wait(20)]
+
+    def read(_: Any, __: Any) -> None:
+        give_up(store)
+        stop.wait(300)
+
+    scripted.script = [closing(store, reply), read]
     value = write(handle)
     stop.set()
     assert right(value)
@@ -161,18 +179,20 @@ def test_an_append_brings_an_unread_fork_up_to_date(scripted: Scripted, open_sto
     assert fork.messages == ({"n": 1}, {"n": 2})
 
 
-def test_close_does_not_wait_for_its_own_caller(shared_daemon: Daemon, key: str) -> None:
+def test_close_does_not_wait_for_its_own_caller(shared_daemon: Daemon, long_drain: None, key: str) -> None:
     """As a signal handler that closes does, in the midst of a call of its thread."""
     store = SessionStore(shared_daemon.address)
     store.create(key, [{"n": 1}])
     begun = time.monotonic()
     store.edit(key, lambda _: store.close())
-    assert time.monotonic() - begun < _driver.DRAIN_S / 2
+    assert time.monotonic() - begun < _driver.DRAIN_S / 2  # a close that waits takes all of it
     with pytest.raises(RuntimeError, match="closed"):
         store.info()
 
 
-def test_close_waits_for_edits_of_other_threads(shared_daemon: Daemon, open_store: Any, key: str) -> None:
+def test_close_waits_for_edits_of_other_threads(
+    shared_daemon: Daemon, open_store: Any, long_drain: None, key: str
+) -> None:
     store = open_store(shared_daemon.address)
     store.create(key, [{"n": 1}])
     inside, go_on = threading.Event(), threading.Event()
@@ -180,18 +200,20 @@ def test_close_waits_for_edits_of_other_threads(shared_daemon: Daemon, open_stor
     def function(messages: list[Any]) -> None:
         messages.append({"n": 2})
         inside.set()
-        go_on.wait(10)
+        go_on.wait(100)
 
     made: list[Any] = []
     editor = threading.Thread(target=lambda: made.append(store.edit(key, function)))
     closer = threading.Thread(target=store.close)
     editor.start()
-    assert inside.wait(5)
+    assert inside.wait(60)
     closer.start()
-    time.sleep(0.1)
+    if isinstance(driver_of(store), _driver.Driver):  # of an async store, the edit holds its loop
+        wait_until(lambda: driver_of(store)._connection.closed, what="the close")
+    time.sleep(0.1)  # a close that does not wait breaks the edit meanwhile
     go_on.set()
     for thread in (editor, closer):
-        thread.join(10)
+        thread.join(100)
     assert made[0].messages == ({"n": 1}, {"n": 2})
     assert open_store(shared_daemon.address).session(key).messages == made[0].messages
 
@@ -206,10 +228,19 @@ def test_a_change_is_not_sent_to_what_answers_no_probe(
     """What grpc itself says of a connection that it cannot make or understand is no daemon's answer."""
     scripted.probe = refuse(code)
     with pytest.raises(UnavailableError) as told:
-        open_store(scripted.address, timeout=1).delete("k")
+        open_store(scripted.address, timeout=0.7).delete("k")
     assert told.value.reason == "NOT_CONNECTED"
     assert scripted.requests == []
-    assert 2 <= scripted.probes <= 20  # asked again, and not without a pause
+    assert scripted.probes <= 20  # asked not without a pause
+    probes, sent = scripted.probes, []
+
+    def third(request: Any, context: Any) -> Any:
+        sent.append(len(scripted.requests))
+        return refuse(code)(request, context) if scripted.probes < probes + 3 else INFO.reply()
+
+    scripted.probe = third
+    open_store(scripted.address).delete("k")
+    assert (sent, len(scripted.requests)) == ([0] * 3, 1)  # asked again, and only then sent
 
 
 @pytest.mark.parametrize("code", [Code.UNIMPLEMENTED, Code.PERMISSION_DENIED])
@@ -217,7 +248,7 @@ def test_who_refuses_a_probe_is_asked_for_the_call_itself(
     scripted: Scripted, open_store: Any, code: grpc.StatusCode
 ) -> None:
     scripted.probe = refuse(code)
-    open_store(scripted.address, timeout=5).delete("k")
+    open_store(scripted.address, timeout=100).delete("k")
     assert len(scripted.requests) == 1
 
 
@@ -238,7 +269,7 @@ def test_the_longest_socket_path_works(make_daemon: Any, open_store: Any, tmp_pa
         pytest.skip("the temporary directory's own path leaves no room for a socket's")
     target = f"unix:{tmp_path}/{'s' * room}"
     make_daemon(listen=target).start()
-    assert open_store(target, timeout=20).session("k").append({"n": 1}).message_count == 1
+    assert open_store(target, timeout=100).session("k").append({"n": 1}).message_count == 1
 
 
 # --------------------------------------------------------------------------------------------------- refusals
@@ -247,7 +278,7 @@ def test_the_longest_socket_path_works(make_daemon: Any, open_store: Any, tmp_pa
 def test_a_request_over_the_transports_limit_tells_the_limit(shared_daemon: Daemon, open_store: Any) -> None:
     messages = [{"text": "x" * (6 << 20)}] * 7
     with pytest.raises(TooLargeError, match="limit of a batch is 16777216 unless it is configured") as told:
-        open_store(shared_daemon.address, timeout=20).create("too large", messages)
+        open_store(shared_daemon.address, timeout=100).create("too large", messages)
     assert told.value.reason == "BATCH_TOO_LARGE"
     assert told.value.metadata["limit_bytes"] == str(16 << 20)
     assert int(told.value.metadata["size_bytes"]) > 42 << 20

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+from clients import driver_of, impatient
 from daemons import Daemon, wait_until
 from proxies import Proxy
 from scripted import Scripted, refuse
@@ -55,7 +56,7 @@ def user(text: object) -> dict[str, Any]:
 def test_a_connection_cut_at_any_byte_applies_a_change_once(
     store: Any, open_store: Any, proxy: Proxy, key: str, side: str
 ) -> None:
-    through = open_store(proxy.address, timeout=20).session(key)
+    through = open_store(proxy.address, timeout=100).session(key)
     through.append(user("first"))
     cuts = replays = 0
     for step in range(25):
@@ -77,7 +78,7 @@ def test_a_connection_cut_while_it_is_made_is_made_again(
     for step in range(0, 200, 20):
         for side in ("from_client", "from_daemon"):
             proxy.cut(**{side: step})
-            fresh = open_store(proxy.address, timeout=20)
+            fresh = open_store(proxy.address, timeout=100)
             fresh.session(key).append(user((step, side)))
     assert store.session(key).message_count == 20
 
@@ -85,7 +86,7 @@ def test_a_connection_cut_while_it_is_made_is_made_again(
 def test_a_read_survives_a_cut(store: Any, open_store: Any, proxy: Proxy, key: str) -> None:
     messages = [{"n": n, "text": "x" * 100_000} for n in range(40)]
     store.create(key, messages)
-    through = open_store(proxy.address, timeout=20)
+    through = open_store(proxy.address, timeout=100)
     for at in (0, 900_000, 1_200_000, 3_000_000):
         cut = proxy.cut(from_daemon=at)
         assert list(through.session(key).messages) == messages
@@ -110,9 +111,10 @@ def test_retry_of_an_unknown_outcome_applies_once(
 ) -> None:
     change, right = CHANGES[name]
     before = store.create(key, [user(1), user(2)])
-    handle = open_store(proxy.address, timeout=0.4).session(key)
+    through = open_store(proxy.address)
+    handle = through.session(key)
     proxy.swallow(lost)
-    with pytest.raises(OutcomeUnknownError, match="retry") as told:
+    with pytest.raises(OutcomeUnknownError, match="retry") as told, impatient(through):
         change(handle)
     assert isinstance(told.value, TimeoutError)
     if lost == "from_client":
@@ -130,10 +132,10 @@ def test_retry_of_an_unknown_outcome_applies_once(
 def test_an_unknown_edit_and_an_unknown_creation_can_be_retried(
     store: Any, open_store: Any, proxy: Proxy, key: str, lost: str
 ) -> None:
-    through = open_store(proxy.address, timeout=0.4)
+    through = open_store(proxy.address)
     through.info()
     proxy.swallow(lost)
-    with pytest.raises(OutcomeUnknownError) as told:
+    with pytest.raises(OutcomeUnknownError) as told, impatient(through):
         through.create(key, [user(1), user(2)], metadata={"m": 1})
     proxy.heal()
     handle = told.value.retry()
@@ -141,7 +143,7 @@ def test_an_unknown_edit_and_an_unknown_creation_can_be_retried(
     proxy.swallow(lost)
     block = handle.edit()
     block.__enter__().append(user(3))
-    with pytest.raises(OutcomeUnknownError) as told:
+    with pytest.raises(OutcomeUnknownError) as told, impatient(through):
         block.__exit__(None, None, None)
     proxy.heal()
     told.value.retry()
@@ -150,11 +152,12 @@ def test_an_unknown_edit_and_an_unknown_creation_can_be_retried(
 
 
 def test_an_unknown_outcome_can_stay_unknown(open_store: Any, proxy: Proxy, key: str) -> None:
-    handle = open_store(proxy.address, timeout=0.4).session(key)
+    through = open_store(proxy.address)
+    handle = through.session(key)
     proxy.swallow("from_daemon")
-    with pytest.raises(OutcomeUnknownError) as first:
+    with pytest.raises(OutcomeUnknownError) as first, impatient(through):
         handle.append(user(1))
-    with pytest.raises(OutcomeUnknownError) as second:
+    with pytest.raises(OutcomeUnknownError) as second, impatient(through):
         first.value.retry()
     proxy.heal()
     assert second.value.retry().message_count == first.value.retry().message_count == 1
@@ -164,9 +167,10 @@ def test_an_unknown_outcome_can_stay_unknown(open_store: Any, proxy: Proxy, key:
 def test_an_unknown_write_may_land_later_unless_its_revision_is_past(
     store: Any, open_store: Any, proxy: Proxy, key: str
 ) -> None:
-    handle = open_store(proxy.address, timeout=0.4).session(key)
+    through = open_store(proxy.address)
+    handle = through.session(key)
     proxy.swallow("from_client")
-    with pytest.raises(OutcomeUnknownError) as told:
+    with pytest.raises(OutcomeUnknownError) as told, impatient(through):
         handle.append(user("mine"), expected_revision=0)
     store.session(key).append(user("theirs"))
     proxy.heal()
@@ -183,7 +187,7 @@ def test_a_daemon_killed_under_writers_loses_and_doubles_nothing(
     make_daemon: Any, open_store: Any
 ) -> None:
     daemon = make_daemon(store="jsonl").start()
-    store = open_store(daemon.address, timeout=30)
+    store = open_store(daemon.address, timeout=300)
     acknowledged: dict[str, int] = {}
     failures: list[BaseException] = []
     done = threading.Event()
@@ -201,14 +205,15 @@ def test_a_daemon_killed_under_writers_loses_and_doubles_nothing(
     for thread in threads:
         thread.start()
     for _ in range(3):
-        count = sum(acknowledged.values())
-        deadline = time.monotonic() + 20
-        while sum(acknowledged.values()) < count + 20 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        count = sum(acknowledged.copy().values())
+        wait_until(
+            lambda count=count: failures or sum(acknowledged.copy().values()) >= count + 20,
+            what="20 acknowledgements",
+        )
         daemon.restart(kill=True)
     done.set()
     for thread in threads:
-        thread.join(40)
+        thread.join(300)
     assert not failures
     assert sum(acknowledged.values()) >= 60
     for key, count in acknowledged.items():
@@ -218,32 +223,42 @@ def test_a_daemon_killed_under_writers_loses_and_doubles_nothing(
 def test_retry_finds_the_answer_after_a_restart(make_daemon: Any, open_store: Any) -> None:
     daemon = make_daemon(store="jsonl").start()
     proxy = Proxy(daemon.address)
-    handle = open_store(proxy.address, timeout=0.5).session("k")
-    proxy.swallow("from_daemon")
-    with pytest.raises(OutcomeUnknownError) as told:
-        handle.append(user(1))
+    through, direct = open_store(proxy.address), open_store(daemon.address)
+    handle = through.session("k")
+    for patience_s in (0.4, 2, 10, 50):  # a busy daemon drops a call whose caller has given up
+        proxy.swallow("from_daemon")
+        with pytest.raises(OutcomeUnknownError) as told, impatient(through, patience_s):
+            handle.append(user(1))
+        if direct.get("k") is not None:
+            break
+        proxy.heal()
     daemon.restart(kill=True)
     proxy.heal()
     assert told.value.retry().replayed
-    assert open_store(daemon.address).session("k").messages == (user(1),)
+    assert direct.session("k").messages == (user(1),)
     proxy.close()
 
 
 # --------------------------------------------------------------------------------- daemons that are not there
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
+@pytest.fixture
+def dead_address() -> Iterator[str]:
+    """An address at which nobody listens, and that nobody else is given."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{bound.getsockname()[1]}"
 
 
-def test_a_daemon_that_was_never_there_is_named_in_time(open_store: Any, tmp_path: Any) -> None:
-    for target in (f"127.0.0.1:{free_port()}", f"unix:{tmp_path}/sock"):
+def test_a_daemon_that_was_never_there_is_named_in_time(
+    open_store: Any, tmp_path: Any, dead_address: str
+) -> None:
+    for target in (dead_address, f"unix:{tmp_path}/sock"):
         store = open_store(target, timeout=1)
         begun = time.monotonic()
         with pytest.raises(UnavailableError) as told:
             store.create("k")
-        assert 0.9 < time.monotonic() - begun < 2
+        assert 0.9 < time.monotonic() - begun < 30  # the time that it was given, and not another
         assert isinstance(told.value, ConnectionError)
         assert told.value.reason == "NOT_CONNECTED"
         assert told.value.metadata == {"target": target}
@@ -262,29 +277,34 @@ def test_a_port_that_never_answers_is_no_daemon(open_store: Any) -> None:
 
 
 def test_a_daemon_that_comes_late_is_found(make_daemon: Any, open_store: Any) -> None:
-    daemon = make_daemon(listen=f"127.0.0.1:{free_port()}")
+    daemon = make_daemon().start()
+    daemon.kill()  # its address is known now
     starter = threading.Timer(0.5, daemon.start)
+    store = open_store(daemon.address)
     starter.start()
-    store = open_store(daemon.listen, timeout=20)
     assert store.session("k").append(user(1)).message_count == 1
     starter.join()
 
 
 def test_a_daemon_that_went_away(daemon: Daemon, open_store: Any) -> None:
-    handle = open_store(daemon.address, timeout=1).session("k")
+    store = open_store(daemon.address)
+    handle = store.session("k")
     handle.append(user(1))
     daemon.kill()
-    with pytest.raises(UnavailableError):
-        handle.refresh()
-    with pytest.raises(UnavailableError):  # known not to have been sent
-        handle.append(user(2))
+    with impatient(store):
+        with pytest.raises(UnavailableError):
+            handle.refresh()
+        with pytest.raises(UnavailableError):  # known not to have been sent
+            handle.append(user(2))
     assert handle.messages == (user(1),)
 
 
-def test_the_next_target_is_tried(shared_daemon: Daemon, open_store: Any, tmp_path: Any, key: str) -> None:
+def test_the_next_target_is_tried(
+    shared_daemon: Daemon, open_store: Any, tmp_path: Any, dead_address: str, key: str
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
-        targets = f"unix:{tmp_path}/none, 127.0.0.1:{free_port()}, 127.0.0.1:{mute.getsockname()[1]}"
-        store = open_store(f"{targets}, {shared_daemon.address}", timeout=20)
+        targets = f"unix:{tmp_path}/none, {dead_address}, 127.0.0.1:{mute.getsockname()[1]}"
+        store = open_store(f"{targets}, {shared_daemon.address}", timeout=100)
         assert store.session(key).append(user(1)).message_count == 1
         nobody = open_store(targets, timeout=0.7)
         with pytest.raises(UnavailableError) as told:
@@ -306,14 +326,40 @@ def appended(revision: int = 1) -> Any:
 def append(scripted: Scripted, open_store: Any) -> Callable[..., Any]:
     """Append to a session that the script says does not exist."""
 
-    def run(*script: Any, timeout: float = 5) -> Any:
+    def run(*script: Any) -> Any:
         scripted.script = [refuse(Code.NOT_FOUND, "SESSION_NOT_FOUND")]
-        handle = open_store(scripted.address, timeout=timeout).session("k")
+        handle = open_store(scripted.address).session("k")
         scripted.script = list(script)
         scripted.requests.clear()
         return handle.append(user(1))
 
     return run
+
+
+@pytest.fixture
+def over(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
+    """Make a script's step one at whose answer the time of the call is over."""
+    passed_s = 0.0
+
+    class Shifted:
+        sleep = staticmethod(time.sleep)
+
+        @staticmethod
+        def monotonic() -> float:
+            return time.monotonic() + passed_s
+
+    for module in (_driver, _adriver):
+        monkeypatch.setattr(module, "time", Shifted)
+
+    def make(step: Any) -> Any:
+        def answer(request: Any, context: Any) -> Any:
+            nonlocal passed_s
+            passed_s = 1e6
+            return step(request, context)
+
+        return answer
+
+    return make
 
 
 OVERLOADED = refuse(Code.RESOURCE_EXHAUSTED, "OVERLOADED", limit="1")
@@ -341,7 +387,7 @@ def test_the_very_same_call_is_sent_again(scripted: Scripted, append: Any) -> No
 
 def test_answered_through_follows_the_answers(scripted: Scripted, open_store: Any) -> None:
     scripted.script = [refuse(Code.NOT_FOUND, "SESSION_NOT_FOUND")]
-    handle = open_store(scripted.address, timeout=5).session("k")
+    handle = open_store(scripted.address).session("k")
     scripted.requests.clear()
 
     def sent(step: Any, error: type[Exception] | None = None) -> Any:
@@ -383,10 +429,10 @@ def test_answered_through_follows_the_answers(scripted: Scripted, open_store: An
 @pytest.mark.parametrize(
     ("script", "error", "reason", "sent"),
     [
-        ([OVERLOADED] * 99, LimitError, "OVERLOADED", 2),
-        ([SHUTTING_DOWN] * 99, UnavailableError, "SHUTTING_DOWN", 2),
-        ([LOST] * 99, OutcomeUnknownError, "GRPC_UNAVAILABLE", 2),
-        ([LOST, *[OVERLOADED] * 99], OutcomeUnknownError, "OVERLOADED", 2),
+        ([OVERLOADED] * 3, LimitError, "OVERLOADED", 2),
+        ([SHUTTING_DOWN] * 3, UnavailableError, "SHUTTING_DOWN", 2),
+        ([LOST] * 3, OutcomeUnknownError, "GRPC_UNAVAILABLE", 2),
+        ([LOST, OVERLOADED, OVERLOADED], OutcomeUnknownError, "OVERLOADED", 2),
         ([refuse(Code.DEADLINE_EXCEEDED)], OutcomeUnknownError, "GRPC_DEADLINE_EXCEEDED", 1),
         ([refuse(Code.DEADLINE_EXCEEDED, "EXPIRED_IN_QUEUE")], DeadlineExceededError, "EXPIRED_IN_QUEUE", 1),
         ([LOST, refuse(Code.DEADLINE_EXCEEDED, "EXPIRED_IN_QUEUE")], OutcomeUnknownError,
@@ -400,14 +446,15 @@ def test_answered_through_follows_the_answers(scripted: Scripted, open_store: An
     ],
 )  # fmt: skip
 def test_an_error_says_whether_something_was_stored(
-    scripted: Scripted, append: Any, script: list[Any], error: type[Exception], reason: str, sent: int
-) -> None:
+    scripted: Scripted, append: Any, over: Any, script: list[Any], error: type[Exception], reason: str,
+    sent: int,
+) -> None:  # fmt: skip
+    """What is told when the time is over after so many answers, or at once where no other try can help."""
     with pytest.raises(error) as told:
-        append(*script, timeout=0.6)
+        append(*script[: sent - 1], over(script[sent - 1]), *script[sent:])
     assert type(told.value) is error
     assert told.value.reason == reason
-    assert len(scripted.requests) >= sent
-    assert (len(scripted.requests) == 1) == (sent == 1)
+    assert len(scripted.requests) == sent
 
 
 def test_an_expired_call_says_whether_a_copy_was_sent(append: Any) -> None:
@@ -427,11 +474,11 @@ def test_an_expired_call_says_whether_a_copy_was_sent(append: Any) -> None:
     ],
 )
 def test_a_read_never_has_an_unknown_outcome(
-    scripted: Scripted, open_store: Any, step: Any, error: type[Exception], reason: str
+    scripted: Scripted, open_store: Any, over: Any, step: Any, error: type[Exception], reason: str
 ) -> None:
-    scripted.script = [step] * 99
+    scripted.script = [over(step), step]
     with pytest.raises(error) as told:
-        open_store(scripted.address, timeout=0.5).session("k")
+        open_store(scripted.address).session("k")
     assert (type(told.value), told.value.reason) == (error, reason)
 
 
@@ -453,7 +500,7 @@ def test_a_session_rewritten_while_it_is_read_is_read_again(scripted: Scripted, 
         head(4, truncated=True),
         rest,
     ]
-    handle = open_store(scripted.address, timeout=5).session("k")
+    handle = open_store(scripted.address).session("k")
     assert (handle.revision, handle.messages) == (4, ({"n": 1}, {"n": 2}))
     scripted.script = [head(5, truncated=True), refuse(Code.ABORTED, "REVISION_CONFLICT")] * 20
     with pytest.raises(ConflictError):
@@ -464,7 +511,7 @@ def test_a_session_rewritten_while_it_is_read_is_read_again(scripted: Scripted, 
 def test_an_acknowledged_write_is_never_denied_by_a_failed_read(scripted: Scripted, open_store: Any) -> None:
     """Others wrote in between, so the handle reads; that the read fails says nothing about the write."""
     scripted.script = [refuse(Code.NOT_FOUND, "SESSION_NOT_FOUND")]
-    handle = open_store(scripted.address, timeout=5).session("k")
+    handle = open_store(scripted.address).session("k")
     result = session_pb2.WriteResult(revision=9, previous_revision=8, message_count=5)
     reply = session_store_pb2.AppendMessagesResponse(result=result, first_index=4)
     scripted.script = [reply, refuse(Code.DATA_LOSS, "DATA_LOSS")]
@@ -485,28 +532,31 @@ def test_a_closed_client_says_so_and_closes_again(store: Any, key: str) -> None:
 
 
 def test_closing_waits_for_calls_under_way(scripted: Scripted, open_store: Any) -> None:
-    store = open_store(scripted.address, timeout=20)
+    store = open_store(scripted.address, timeout=100)
     store.info()
     begun = threading.Event()
 
     def slow(_: Any, __: Any) -> Any:
         begun.set()
-        time.sleep(0.5)
+        wait_until(lambda: driver_of(store)._connection.closed, what="the close")
+        time.sleep(0.2)  # a close that does not wait breaks the call meanwhile
         return session_store_pb2.CreateSessionResponse()
 
     scripted.script = [slow]
     made: list[Any] = []
     thread = threading.Thread(target=lambda: made.append(store.create("k")))
     thread.start()
-    assert begun.wait(5)
+    assert begun.wait(60)
     store.close()
-    thread.join(5)
+    thread.join(60)
     assert made[0].key == "k"
 
 
-def test_closing_gives_up_after_five_seconds(open_store: Any) -> None:
+def test_closing_gives_up_a_call_that_meets_no_daemon(open_store: Any) -> None:
+    assert _driver.DRAIN_S == _adriver.DRAIN_S == 5
     with socket.create_server(("127.0.0.1", 0)) as mute:
-        store = open_store(f"127.0.0.1:{mute.getsockname()[1]}", timeout=60)
+        mute.settimeout(60)
+        store = open_store(f"127.0.0.1:{mute.getsockname()[1]}", timeout=300)
         failed: list[BaseException] = []
 
         def call() -> None:
@@ -517,11 +567,9 @@ def test_closing_gives_up_after_five_seconds(open_store: Any) -> None:
 
         thread = threading.Thread(target=call)
         thread.start()
-        time.sleep(0.2)
-        begun = time.monotonic()
-        store.close()
-        thread.join(3)
-        assert time.monotonic() - begun < 7
+        with mute.accept()[0]:  # the call is under way
+            store.close()
+            thread.join(60)  # and not the time that the call has
         assert "closed" in str(failed[0])
 
 
@@ -530,10 +578,10 @@ def test_closing_gives_up_a_call_that_is_not_answered(
 ) -> None:
     for module in (_driver, _adriver):
         monkeypatch.setattr(module, "DRAIN_S", 0.5)
-    store = open_store(scripted.address, timeout=60)
+    store = open_store(scripted.address, timeout=300)
     store.info()
     stop = threading.Event()
-    scripted.script = [lambda _, __: stop.wait(20)] * 2
+    scripted.script = [lambda _, __: stop.wait(300)] * 2
     failed: list[BaseException] = []
 
     def call(what: Callable[..., Any]) -> None:
@@ -545,10 +593,10 @@ def test_closing_gives_up_a_call_that_is_not_answered(
     threads = [threading.Thread(target=call, args=(what,)) for what in (store.create, store.session)]
     for thread in threads:
         thread.start()
-    time.sleep(0.3)
+    wait_until(lambda: len(scripted.requests) == 2, what="both calls")
     store.close()
     for thread in threads:
-        thread.join(5)
+        thread.join(60)
     stop.set()
     assert {type(error) for error in failed} == {OutcomeUnknownError, UnavailableError}
 
@@ -559,7 +607,7 @@ def test_many_callers_move_to_the_next_target_together(
     """One store on two addresses: the first goes away under its callers, and comes back."""
     daemon = make_daemon(store="memory:").start()
     first, second = Proxy(daemon.address), Proxy(daemon.address)
-    store = open_store(f"{first.address},{second.address}", timeout=30)
+    store = open_store(f"{first.address},{second.address}", timeout=300)
     failures: list[BaseException] = []
     acknowledged = [0] * 8
     done = threading.Event()
@@ -579,11 +627,11 @@ def test_many_callers_move_to_the_next_target_together(
     for gone in (first, second, first):
         gone.refuse()
         before = sum(acknowledged)
-        wait_until(lambda before=before: sum(acknowledged) > before + 50, 20, "the move")
+        wait_until(lambda before=before: sum(acknowledged) > before + 50, what="the move")
         gone.heal()
     done.set()
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
     assert not failures
     for number in range(8):
         stored = store.session(f"k{number}").messages

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from daemons import Daemon, clean_environment
+from daemons import Daemon, clean_environment, wait_until
 from sessionstore import AsyncSessionStore, SessionStore, session
 
 TESTS = str(Path(__file__).parent.parent)
@@ -23,7 +23,7 @@ def python(code: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=clean_environment() | {"PYTHONPATH": TESTS}, **pipes, **options)
 
 
-def output(process: subprocess.Popen[str], timeout_s: float = 60.0) -> str:
+def output(process: subprocess.Popen[str], timeout_s: float = 300.0) -> str:
     """What it wrote to stdout; fails if it failed or wrote to stderr."""
     try:
         out, err = process.communicate(timeout=timeout_s)
@@ -41,7 +41,7 @@ def test_forked_children_go_on_with_their_own_identity(shared_daemon: Daemon, ke
         import os, sys, threading
         from sessionstore import SessionStore
         target, key = sys.argv[1:]
-        store = SessionStore(target, timeout=20)
+        store = SessionStore(target, timeout=100)
         handle = store.session(key)
         handle.append({"by": "parent", "n": -1})
         stop = threading.Event()
@@ -60,7 +60,7 @@ def test_forked_children_go_on_with_their_own_identity(shared_daemon: Daemon, ke
                 assert store._driver._window.client_id not in identities
                 store.close()
                 os._exit(0)
-            for _ in range(2000):
+            for _ in range(10000):
                 done, status = os.waitpid(child, os.WNOHANG)
                 if done:
                     break
@@ -85,7 +85,7 @@ def test_workers_of_a_forking_pool_share_a_store(shared_daemon: Daemon, key: str
         import multiprocessing, sys
         from sessionstore import SessionStore
         target, key = sys.argv[1:]
-        store = SessionStore(target, timeout=20)
+        store = SessionStore(target, timeout=100)
         store.info()
         def work(n):
             return store.session(key).append({"n": n}).first_index
@@ -121,9 +121,10 @@ def test_an_async_store_used_after_a_fork_raises_at_once(shared_daemon: Daemon, 
 def test_an_unclosed_client_never_delays_exit(shared_daemon: Daemon, key: str, kind: str) -> None:
     code = f"""
         import asyncio, sys, time, inspect
-        from sessionstore import {kind}
+        from sessionstore import {kind}, _adriver, _driver
+        _driver.DRAIN_S = _adriver.DRAIN_S = 200  # who waited for anything would wait for long
         target, key = sys.argv[1:]
-        store = {kind}(target)
+        store = {kind}(target, timeout=200)
         async def use():
             handle = await store.session(key)
             await handle.append({{}})
@@ -134,7 +135,7 @@ def test_an_unclosed_client_never_delays_exit(shared_daemon: Daemon, key: str, k
         print(time.time())
     """
     told = float(output(python(code, shared_daemon.address, key)))
-    assert time.time() - told < 1.5
+    assert time.time() - told < 60
 
 
 def test_threads_share_a_store_and_a_handle(shared_daemon: Daemon, key: str) -> None:
@@ -154,7 +155,7 @@ def test_threads_share_a_store_and_a_handle(shared_daemon: Daemon, key: str) -> 
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(300)
         assert not failures
         stored = store.session(key)
         assert shared.refresh().messages == stored.messages
@@ -164,7 +165,7 @@ def test_threads_share_a_store_and_a_handle(shared_daemon: Daemon, key: str) -> 
 
 
 async def test_tasks_share_a_store_and_a_handle_beyond_the_window(shared_daemon: Daemon, key: str) -> None:
-    async with AsyncSessionStore(shared_daemon.address, timeout=60) as store:
+    async with AsyncSessionStore(shared_daemon.address, timeout=300) as store:
         shared = await store.session(key)
         told = await asyncio.gather(*(shared.append({"n": n}) for n in range(1500)))
         assert sorted(each.first_index for each in told) == list(range(1500))
@@ -190,7 +191,7 @@ async def test_an_async_store_belongs_to_its_loop(shared_daemon: Daemon, key: st
 
 
 async def test_a_cancelled_write_leaves_the_client_usable(shared_daemon: Daemon, key: str) -> None:
-    async with AsyncSessionStore(shared_daemon.address, timeout=20) as store:
+    async with AsyncSessionStore(shared_daemon.address, timeout=100) as store:
         handle = await store.session(key)
         for n in range(20):
             task = asyncio.create_task(handle.append({"cancelled": n}))
@@ -204,14 +205,16 @@ async def test_a_cancelled_write_leaves_the_client_usable(shared_daemon: Daemon,
         assert len(sent) == len(set(sent))
 
 
-def test_ctrl_c_leaves_a_write_unknown_and_the_client_usable(shared_daemon: Daemon, key: str) -> None:
+def test_ctrl_c_leaves_a_write_unknown_and_the_client_usable(
+    shared_daemon: Daemon, store: Any, key: str
+) -> None:
     code = """
         import sys
         from proxies import Proxy
         from sessionstore import SessionStore
         target, key = sys.argv[1:]
         proxy = Proxy(target)
-        store = SessionStore(proxy.address, timeout=20)
+        store = SessionStore(proxy.address, timeout=100)
         handle = store.session(key)
         handle.append({"n": 0})
         proxy.swallow("from_daemon")
@@ -229,9 +232,10 @@ def test_ctrl_c_leaves_a_write_unknown_and_the_client_usable(shared_daemon: Daem
     process = python(code, shared_daemon.address, key)
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
-    time.sleep(0.5)
+    # The write is there, so its caller waits for the answer, which does not come.
+    wait_until(lambda: store.get(key).message_count == 2, what="the write")
     process.send_signal(signal.SIGINT)
-    assert output(process) in ("interrupted\n[0, 1, 2]\n", "interrupted\n[0, 2]\n")
+    assert output(process) == "interrupted\n[0, 1, 2]\n"
 
 
 @pytest.mark.timeout(30)
