@@ -424,7 +424,7 @@ def test_a_forked_child_goes_on(shared_daemon: Daemon, store: SessionStore, key:
     code = """
         import os, sys
         from sessionstore.manager import SessionManager
-        manager = SessionManager(sys.argv[1], timeout=20)
+        manager = SessionManager(sys.argv[1], timeout=100)
         session = manager.get_or_create(sys.argv[2])
         session.add_message("user", "before")
         manager.save(session)
@@ -441,7 +441,7 @@ def test_a_forked_child_goes_on(shared_daemon: Daemon, store: SessionStore, key:
             print(len(session.messages))
     """
     command = [sys.executable, "-c", textwrap.dedent(code), shared_daemon.address, key]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=clean_environment())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=clean_environment())
     assert (done.returncode, done.stdout.strip()) == (0, "3"), done.stderr
     assert sorted(texts(store.session(key).messages)) == ["before", "child", "parent"]
 
@@ -526,15 +526,15 @@ def test_a_string_is_a_target_and_a_directory_is_not(tmp_path: Path) -> None:
 
 
 def test_a_target_without_a_daemon_is_told_in_time(make_manager: Callable[..., SessionManager]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        nobody = f"127.0.0.1:{closed.getsockname()[1]}"
-    manager = make_manager(nobody, timeout=0.5)
-    began_s = time.monotonic()
-    with pytest.raises(UnavailableError, match="sessionstored serve"):
-        manager.get_or_create("k")
-    with pytest.raises(UnavailableError):
-        manager.save(Session("k"))
-    assert time.monotonic() - began_s < 10
+    with socket.socket() as bound:  # nobody listens there, and nobody else is given the port
+        bound.bind(("127.0.0.1", 0))
+        manager = make_manager(f"127.0.0.1:{bound.getsockname()[1]}", timeout=0.5)
+        began_s = time.monotonic()
+        with pytest.raises(UnavailableError, match="sessionstored serve"):
+            manager.get_or_create("k")
+        with pytest.raises(UnavailableError):
+            manager.save(Session("k"))
+    assert time.monotonic() - began_s < 60  # twice the time that it was given, on whatever machine
 
 
 def test_sessions_dir_is_not_there_and_says_why(here: SessionManager) -> None:
@@ -586,13 +586,28 @@ def test_a_workspace_of_files_goes_on_and_back(
 
 
 def test_the_cost_of_a_save_beside_rewriting_the_file(
-    make_daemon: Callable[..., Daemon], make_manager: Callable[..., SessionManager], tmp_path: Path
+    make_daemon: Callable[..., Daemon],
+    make_manager: Callable[..., SessionManager],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    """Printed, and only held to be better at all: this machine may be busy with something else."""
+    """Times are printed only; what is held is what goes over the wire, which no busy machine changes."""
     found = make_manager(make_daemon(store="jsonl").start().address)
     session = found.get_or_create("k")
     session.messages = [{**message, "n": n} for n, message in enumerate(turns(2500))]
     found.save(session)
+    connection = found._store._driver._connection
+    send, sent_bytes = connection.send, 0
+
+    def counted(rpc: Any, timeout_s: float) -> Any:
+        nonlocal sent_bytes
+        reply = send(rpc, timeout_s)
+        sent_bytes += rpc.request.ByteSize() + sum(
+            each.ByteSize() for each in (reply if isinstance(reply, list) else [reply])
+        )
+        return reply
+
+    monkeypatch.setattr(connection, "send", counted)
     saves_s, rewrites_s = [], []
     for _ in range(15):
         session.add_message("user", "one more")
@@ -609,4 +624,5 @@ def test_the_cost_of_a_save_beside_rewriting_the_file(
     save_s, rewrite_s = statistics.median(saves_s), statistics.median(rewrites_s)
     print(f"at 10,000 messages: save {save_s * 1e3:.1f} ms, rewriting the file {rewrite_s * 1e3:.1f} ms, "
           f"{rewrite_s / save_s:.1f} times as long")  # fmt: skip
-    assert save_s < rewrite_s
+    print(f"{sent_bytes // 15} bytes a save")
+    assert sent_bytes // 15 < (tmp_path / "file").stat().st_size // 100

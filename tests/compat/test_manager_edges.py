@@ -42,11 +42,11 @@ def test_a_save_that_close_meets_is_made_to_its_end(
     scripted: Scripted, make_manager: Callable[..., SessionManager]
 ) -> None:
     """Messages, what others wrote meanwhile, and metadata: four calls, of which close meets the first."""
-    manager = make_manager(scripted.address, timeout=20)
+    manager = make_manager(scripted.address, timeout=300)
 
     def closing(_: Any, __: Any) -> Any:
         threading.Thread(target=manager.close).start()
-        wait_until(lambda: manager._store._driver._connection.closed, 5, "the close")
+        wait_until(lambda: manager._store._driver._connection.closed, what="the close")
         return pb.AppendMessagesResponse(result=result(3, 2, 3), first_index=2)
 
     scripted.script = [
@@ -68,16 +68,23 @@ def test_a_save_that_close_meets_is_made_to_its_end(
 def test_an_acknowledged_save_is_not_denied_by_a_close_that_gives_up(
     scripted: Scripted, make_manager: Callable[..., SessionManager], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sessionstore._driver.DRAIN_S", 0.5)
-    manager = make_manager(scripted.address, timeout=20)
+    monkeypatch.setattr("sessionstore._driver.DRAIN_S", 300.0)
+    manager = make_manager(scripted.address, timeout=300)
     stop = threading.Event()
 
     def closing(_: Any, __: Any) -> Any:
         threading.Thread(target=manager.close).start()
-        wait_until(lambda: manager._store._driver._connection.closed, 5, "the close")
+        wait_until(lambda: manager._store._driver._connection.closed, what="the close")
         return pb.AppendMessagesResponse(result=result(3, 2, 3), first_index=2)
 
-    scripted.script = [head(1, "0"), closing, lambda _, __: stop.wait(20)]
+    def read(_: Any, __: Any) -> None:
+        driver = manager._store._driver
+        with driver._changed:  # the time of the close is over
+            driver._under_way = 0
+            driver._changed.notify_all()
+        stop.wait(300)
+
+    scripted.script = [head(1, "0"), closing, read]
     session = manager.get_or_create("k")
     session.messages.append(user("mine"))
     manager.save(session)
