@@ -37,6 +37,8 @@ START_S = 10.0
 AGENTS_END_S = 24.0  # agents that are busy so long after the beginning are ended, and the demo has failed
 CALL_S = 8.0
 BAR = 30
+# How many times as long as usual everything may take; --patience, for machines that are slow.
+PATIENCE = 1.0
 
 
 # ---------------------------------------------------------------------------------------------- an agent
@@ -46,9 +48,12 @@ def agent(name: str, target: str, notes: Path, seed: int) -> None:
     """Hold conversations, and note what is acknowledged."""
     dice = random.Random(f"{seed} {name}")
     begun = time.monotonic()
-    with SessionStore(target, timeout=CALL_S) as store, notes.open("a", encoding="utf-8") as acknowledged:
+    with (
+        SessionStore(target, timeout=CALL_S * PATIENCE) as store,
+        notes.open("a", encoding="utf-8") as acknowledged,
+    ):
         for turn in range(TURNS):
-            if time.monotonic() - begun > TURNS_S:
+            if time.monotonic() - begun > TURNS_S * PATIENCE:
                 break
             key = dice.choice(SESSIONS)
             session = store.session(key)
@@ -115,7 +120,7 @@ class Daemon:
             self.process = subprocess.Popen(
                 self.command, stdout=subprocess.PIPE, stderr=log, text=True, env=clean_environment()
             )
-        watchdog = threading.Timer(START_S, self.process.kill)
+        watchdog = threading.Timer(START_S * PATIENCE, self.process.kill)
         watchdog.start()
         line = self.process.stdout.readline()
         watchdog.cancel()
@@ -262,14 +267,15 @@ def demo(home: Path, seed: int, show: Show) -> bool:
     agents: list[subprocess.Popen] = []
     try:
         for name, file in zip(AGENTS, files, strict=True):
-            arguments = ["--agent", name, daemon.target, str(file), "--seed", str(seed)]
+            arguments = ["--agent", name, daemon.target, str(file), "--seed", str(seed),
+                         "--patience", str(PATIENCE)]
             command = [sys.executable, __file__, *arguments]
             agents.append(subprocess.Popen(command, env=clean_environment()))
         show.event(f"{len(agents)} agents take up to {TURNS} turns each in {len(SESSIONS)} shared sessions")
         kills = watch(daemon, agents, files, show)
-        codes = [each.wait(5) for each in agents]
+        codes = [each.wait(5 * PATIENCE) for each in agents]
         notes = [read_notes(file) for file in files]
-        with SessionStore(daemon.target, timeout=CALL_S) as store:
+        with SessionStore(daemon.target, timeout=CALL_S * PATIENCE) as store:
             report = hold_against(store, notes)
         good = print_report(show.console, report, kills)
         if any(codes) or kills < len(KILLS_AT):
@@ -293,13 +299,13 @@ def watch(daemon: Daemon, agents: list[subprocess.Popen], files: list[Path], sho
             notes = [read_notes(file) for file in files]
             show.agents(notes)
             turns = sum(note.turns for note in notes)
-            way = max(turns / (TURNS * len(AGENTS)), (time.monotonic() - begun) / TURNS_S)
+            way = max(turns / (TURNS * len(AGENTS)), (time.monotonic() - begun) / (TURNS_S * PATIENCE))
             if kills < len(KILLS_AT) and way >= KILLS_AT[kills]:
                 kills += 1
                 daemon.kill()
                 show.event(f"kill -9 of the daemon, {turns} turns are done", "bold red")
                 show.event(f"it serves again after {daemon.start():.1f} s", "green")
-            if time.monotonic() - show.begun > AGENTS_END_S:
+            if time.monotonic() - show.begun > AGENTS_END_S * PATIENCE:
                 show.event("the agents take too long and are ended", "bold red")
                 for each in agents:
                     each.kill()
@@ -310,11 +316,15 @@ def watch(daemon: Daemon, agents: list[subprocess.Popen], files: list[Path], sho
 
 def main() -> int:
     """Parse what was asked for, and run it."""
+    global PATIENCE
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6),
                         help="what the agents do follows from it; the default is another one each time")
     parser.add_argument("--agent", nargs=3, metavar=("NAME", "TARGET", "NOTES"), help=argparse.SUPPRESS)
+    parser.add_argument("--patience", type=float, default=PATIENCE, metavar="TIMES",
+                        help="how many times as long as usual a slow machine may take; the default is 1")
     given = parser.parse_args()
+    PATIENCE = given.patience
     if given.agent:
         name, target, notes = given.agent
         agent(name, target, Path(notes), given.seed)
