@@ -11,12 +11,11 @@ import pytest
 from crash.by_hand import BY_HAND, A, opened, round_of
 from crash.disks import WatchedDisk
 from engines import done, lines
-from sessionstored.engine.jsonl import DEFAULT_TUNING, JsonlEngine, open_jsonl
+from sessionstored.engine.jsonl import JsonlEngine, open_jsonl
 from sessionstored.engine.jsonl.blocks import BLOCK_BYTES
 from sessionstored.rules import Append, Head, Replace
 
 MESSAGES = 10_000
-UNSCRUBBED = replace(DEFAULT_TUNING, scrub_bytes_per_s_max=0)  # only what is asked for is read
 LENGTHS = (10, 1_000, MESSAGES)
 SAMPLES = 60
 
@@ -62,10 +61,10 @@ async def grow(engine: JsonlEngine, count: int) -> None:
 async def test_the_cost_of_an_append_does_not_grow_with_the_session(tmp_path: Path, reads: Reads):
     p50_ms = {}
     for length in LENGTHS:
-        engine = await open_jsonl(tmp_path / str(length), tuning=UNSCRUBBED)
+        engine = await open_jsonl(tmp_path / str(length), tuning=BY_HAND)
         await grow(engine, length)
         await engine.close()
-        engine = await open_jsonl(tmp_path / str(length), tuning=UNSCRUBBED)
+        engine = await open_jsonl(tmp_path / str(length), tuning=BY_HAND)
         reads.ranges.clear()
         taken = []
         for n in range(SAMPLES):
@@ -80,12 +79,12 @@ async def test_the_cost_of_an_append_does_not_grow_with_the_session(tmp_path: Pa
 
 
 async def test_reading_the_end_of_a_cold_session_reads_its_last_blocks(tmp_path: Path, reads: Reads):
-    engine = await open_jsonl(tmp_path, tuning=UNSCRUBBED)
+    engine = await open_jsonl(tmp_path, tuning=BY_HAND)
     await grow(engine, MESSAGES)
     await engine.close()
     (file,) = (tmp_path / "sessions").glob("*.jsonl")
     size = file.stat().st_size
-    engine = await open_jsonl(tmp_path, tuning=UNSCRUBBED)
+    engine = await open_jsonl(tmp_path, tuning=BY_HAND)
     reads.ranges.clear()
     got = await engine.read("long", last(20), 1 << 20)
     assert list(got.lines) == [message(n) for n in range(MESSAGES - 20, MESSAGES)]

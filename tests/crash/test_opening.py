@@ -9,7 +9,7 @@ from pathlib import Path
 from zlib import crc32
 
 import pytest
-from crash.by_hand import quiet
+from crash.by_hand import BY_HAND, quiet
 from engines import done, lines
 from sessionstored.engine import StartError
 from sessionstored.engine.jsonl import JsonlEngine, open_jsonl
@@ -65,7 +65,7 @@ async def test_a_directory_that_cannot_be_made_is_refused_by_its_path(tmp_path: 
 
 
 async def test_directories_and_files_are_for_their_owner_only(tmp_path: Path):
-    engine = await open_jsonl(tmp_path / "data")
+    engine = await open_jsonl(tmp_path / "data", tuning=BY_HAND)
     await done(engine, Append("k", [A]))
     await done(engine, Append("k", [B]))  # the first one's line is in its file by now
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "data").rglob("*")}
@@ -162,7 +162,7 @@ async def test_a_journal_lost_after_a_clean_stop_is_rebuilt_and_revisions_go_on(
 
 @pytest.mark.parametrize("how", ["missing", "empty"])
 async def test_a_journal_lost_after_a_crash_is_loss_and_is_accepted_only_by_name(tmp_path: Path, how: str):
-    engine = await open_jsonl(tmp_path / "data")
+    engine = await open_jsonl(tmp_path / "data", tuning=BY_HAND)
     await done(engine, Append("k", [A]))
     data = await abandoned_copy(engine, tmp_path / "data", tmp_path / "copy")
     remove_journal(data)
