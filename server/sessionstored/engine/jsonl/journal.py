@@ -60,6 +60,13 @@ _HEAD = (
 )
 
 
+# SQLite indexes its log in memory that a file backs, 32 KiB per 4096 pages. If that cannot grow, a commit
+# fails when it is in the log already. So it is kept ahead of the log, by more than a transaction writes.
+_INDEX_BYTES = 32 << 10
+_INDEXED_BYTES = 4096 * 4096
+_INDEXED_AHEAD = 4
+
+
 class FormatError(Exception):
     """The database is not a journal of this version."""
 
@@ -115,6 +122,8 @@ class Journal:
         self._vfs = vfs or pages.CHECKSUM_VFS
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # its other files take its mode
         self._db = self._connect()
+        # Kept open: a file that is closed loses every lock that its process has on it, SQLite's own too.
+        self._index = os.open(f"{path}-shm", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._db.execute(f"PRAGMA synchronous={'FULL' if durability == 'fsync' else 'NORMAL'}")
         version = self._db.pragma("user_version")
         if version == 0:
@@ -145,7 +154,13 @@ class Journal:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """One transaction, committed at the end; rolled back if anything raises."""
+        """One transaction, committed at the end; rolled back if anything raises.
+
+        Raises:
+            OSError: the disk is full; as apsw.FullError, it says that nothing was stored.
+
+        """
+        self._extend_index()
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -154,6 +169,17 @@ class Journal:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
+
+    def _extend_index(self) -> None:
+        """Give the log's index room for what a transaction may add to the log."""
+        try:
+            log_bytes = os.stat(f"{self._path}-wal").st_size
+        except FileNotFoundError:  # another VFS keeps it elsewhere
+            return
+        wanted = (log_bytes // _INDEXED_BYTES + _INDEXED_AHEAD) * _INDEX_BYTES
+        size = os.fstat(self._index).st_size
+        if size < wanted:
+            os.posix_fallocate(self._index, size, wanted - size)
 
     def append(
         self, row_id: int, last_revision: int, clock_s: float, body: bytes, entries: Iterable[Entry]
@@ -364,8 +390,11 @@ class Journal:
         return True
 
     def close(self) -> None:
-        """Close."""
+        """Close. After its readers."""
         self._db.close()
+        if self._index >= 0:
+            os.close(self._index)
+            self._index = -1
 
 
 class Reader:

@@ -1,6 +1,7 @@
 """Opening a data directory: STORE and journal together say whether anything is lost; then recovery."""
 
 import logging
+import os
 import resource
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from sessionstored.engine.jsonl.disk import Disk
 from sessionstored.engine.jsonl.files import FULL, SessionFiles
 from sessionstored.engine.jsonl.journal import FormatError, Journal
 from sessionstored.engine.jsonl.recovery import Recovery
-from sessionstored.engine.jsonl.store import Directory, StoreFile, new_store, with_ceiling
+from sessionstored.engine.jsonl.store import Directory, StoreFile, full, new_store, with_ceiling
 from sessionstored.engine.jsonl.vault import Vault
 from sessionstored.rules import Limits
 
@@ -61,7 +62,11 @@ def open_vault(
 def start_error(directory: Directory, error: apsw.Error | OSError) -> StartError:
     """What to tell the operator of a failure at the start."""
     if isinstance(error, apsw.FullError) or (isinstance(error, OSError) and error.errno in FULL):
-        return StartError(f"the disk of {directory.path} is full: make room, then start again")
+        return full(directory.path)
+    # The index of the log did not get its room: SQLite does not say why.
+    no_index = getattr(error, "extendedresult", 0) == apsw.SQLITE_IOERR_SHMSIZE
+    if no_index and not os.statvfs(directory.path).f_bavail:
+        return full(directory.path)
     if isinstance(error, apsw.Error):
         return StartError(
             f"{directory.journal} cannot be used: {pages.describe(error)}: restore it from a backup, "

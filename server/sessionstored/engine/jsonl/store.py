@@ -5,7 +5,6 @@ names the owner's process and addresses, so that a second daemon can say whom it
 daemon of a directory.
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from zlib import crc32
 
 from sessionstored.engine import StartError
+from sessionstored.engine.jsonl.files import FULL
 
 FORMAT = 1
 REVISIONS_RESERVED = 1_000_000
@@ -89,13 +89,12 @@ class Directory:
         """
         text = json.dumps({"pid": os.getpid(), "addresses": list(addresses)}).encode() + b"\n"
         try:
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, text, 0)
+            os.pwrite(self._lock, text, 0)  # over what is there: a full disk may have no other room
+            os.ftruncate(self._lock, len(text))
         except OSError as error:
-            raise StartError(
-                f"cannot write {self.path / 'LOCK'}: {error.strerror}: if the disk is full, make room, "
-                "then start again"
-            ) from error
+            if error.errno in FULL:
+                raise full(self.path) from error
+            raise StartError(f"cannot write {self.path / 'LOCK'}: {error.strerror}") from error
 
     def read_store(self) -> StoreFile | None:
         """What STORE says; None if there is none.
@@ -126,8 +125,8 @@ class Directory:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             text = store.encoded()
-            if os.write(fd, text) < len(text):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary))
+            while text:
+                text = text[os.write(fd, text) :]  # a disk that fills may take a part
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -142,6 +141,11 @@ class Directory:
         """Release the lock. LOCK stays, empty: two daemons could lock two files of that name."""
         os.ftruncate(self._lock, 0)
         os.close(self._lock)
+
+
+def full(path: Path) -> StartError:
+    """What to tell the operator of a disk that has no room for a start."""
+    return StartError(f"the disk of {path} is full: make room, then start again")
 
 
 def new_store() -> StoreFile:
