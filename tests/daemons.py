@@ -25,7 +25,8 @@ class DaemonDied(AssertionError):
 class Daemon:
     """One `sessionstored serve`.
 
-    `start` may be called again after `kill` or `terminate`; it then takes the address that it had.
+    `start` may be called again after `kill` or `terminate`; it then takes the address that it had. A
+    `launcher` stands in the place of `python -m sessionstored`.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Daemon:
         flags: tuple[str, ...] = (),
         environment: dict[str, str] | None = None,
         descriptors_max: int | None = None,
+        launcher: tuple[str, ...] = (),
     ) -> None:
         self.data = data
         self.store = store
@@ -44,6 +46,7 @@ class Daemon:
         self.flags = flags
         self.environment = environment or {}
         self.descriptors_max = descriptors_max
+        self.launcher = launcher or (sys.executable, "-m", "sessionstored")
         self.address = ""
         self.stdout: list[str] = []
         self._stderr: list[str] = []
@@ -87,7 +90,7 @@ class Daemon:
 
     def _start(self) -> "Daemon":
         listen = self.address or self.listen
-        command = [sys.executable, "-m", "sessionstored", "serve", "--store", self.store, "--listen", listen]
+        command = [*self.launcher, "serve", "--store", self.store, "--listen", listen]
         if self.descriptors_max is not None:
             command = ["sh", "-c", f'ulimit -n {self.descriptors_max}; exec "$@"', "sh", *command]
         self._process = subprocess.Popen(

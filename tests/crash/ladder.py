@@ -3,9 +3,10 @@
 `make torture` runs each at full size; `make test` runs a sample of each (test_ladder.py).
 """
 
-from crash import kills
+from crash import full_disks, kills
 from crash.tally import Rung
 
 RUNGS = (
     Rung("kill -9 under four writing processes", kills.run, full=200, sample=4),
+    Rung("a disk that fills", full_disks.run, full=24, sample=4, unavailable=full_disks.unavailable),
 )
