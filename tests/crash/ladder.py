@@ -3,10 +3,11 @@
 `make torture` runs each at full size; `make test` runs a sample of each (test_ladder.py).
 """
 
-from crash import full_disks, kills
+from crash import failing_calls, full_disks, kills
 from crash.tally import Rung
 
 RUNGS = (
     Rung("kill -9 under four writing processes", kills.run, full=200, sample=4),
     Rung("a disk that fills", full_disks.run, full=24, sample=4, unavailable=full_disks.unavailable),
+    Rung("EIO of a system call", failing_calls.run, full=40, sample=4, unavailable=failing_calls.unavailable),
 )
