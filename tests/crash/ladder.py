@@ -3,11 +3,12 @@
 `make torture` runs each at full size; `make test` runs a sample of each (test_ladder.py).
 """
 
-from crash import failing_calls, full_disks, kills
+from crash import clock_jumps, failing_calls, full_disks, kills
 from crash.tally import Rung
 
 RUNGS = (
     Rung("kill -9 under four writing processes", kills.run, full=200, sample=4),
     Rung("a disk that fills", full_disks.run, full=24, sample=4, unavailable=full_disks.unavailable),
     Rung("EIO of a system call", failing_calls.run, full=40, sample=4, unavailable=failing_calls.unavailable),
+    Rung("clocks that jump", clock_jumps.run, full=20, sample=3, times_min=100),
 )
