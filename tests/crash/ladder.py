@@ -3,7 +3,7 @@
 `make torture` runs each at full size; `make test` runs a sample of each (test_ladder.py).
 """
 
-from crash import clock_jumps, failing_calls, full_disks, kills
+from crash import clock_jumps, failing_calls, full_disks, kills, one_slow_thing
 from crash.tally import Rung
 
 RUNGS = (
@@ -11,4 +11,5 @@ RUNGS = (
     Rung("a disk that fills", full_disks.run, full=24, sample=4, unavailable=full_disks.unavailable),
     Rung("EIO of a system call", failing_calls.run, full=40, sample=4, unavailable=failing_calls.unavailable),
     Rung("clocks that jump", clock_jumps.run, full=20, sample=3, times_min=100),
+    Rung("one slow thing", one_slow_thing.run, full=one_slow_thing.FILES_FULL, sample=50),
 )

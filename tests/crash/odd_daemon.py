@@ -1,11 +1,13 @@
 """`sessionstored` under odd circumstances, for tests only: a launcher that a `Daemon` is given.
 
-python odd_daemon.py [--wall-shift-s SECONDS] [--count FILE] [--fail-sync FILE] -- COMMAND...
+python odd_daemon.py [OPTION...] -- COMMAND...
 
---wall-shift-s: the wall clock says so many seconds more (or less).
---count: a line in FILE for each write that came short and each that found the disk full, of session files
-and of the journal.
---fail-sync: from the moment that FILE exists, flushes of the journal's log fail.
+--wall-shift-s SECONDS: the wall clock says so many seconds more (or less).
+--count FILE: a line in FILE for each write that came short, and each that found the disk full, of session
+files and of the journal.
+--fail-sync FILE: from the moment that FILE exists, flushes of the journal's log fail.
+--note-work FILE: a line in FILE for each checkpoint and each session written anew: what, begin and end on
+time.monotonic(), how many sessions. SIGUSR1 then starts a round of both.
 
 It changes what the daemon meets, nothing of what it does.
 """
@@ -13,6 +15,7 @@ It changes what the daemon meets, nothing of what it does.
 import argparse
 import errno
 import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -20,6 +23,8 @@ from pathlib import Path
 
 import apsw
 from sessionstored.engine.jsonl.disk import Disk
+from sessionstored.engine.jsonl.maintenance import Maintenance
+from sessionstored.engine.jsonl.state import State
 
 
 def odd_daemon(*options: str) -> tuple[str, ...]:
@@ -45,6 +50,38 @@ class _Log:
 def _shift_wall_clock(seconds: float) -> None:
     time_ns = time.time_ns
     time.time_ns = lambda: time_ns() + int(seconds * 1e9)
+
+
+def worked(notes: Path) -> list[tuple[str, float, float, int]]:
+    """What --note-work wrote so far."""
+    lines = [line.split() for line in notes.read_text().splitlines()] if notes.exists() else []
+    return [(what, float(begin), float(end), int(count)) for what, begin, end, count in lines]
+
+
+def _note_work(log: _Log) -> None:
+    checkpoint, rewrite, start = Maintenance.checkpoint, Maintenance.rewrite, Maintenance.start
+    begun: list[Maintenance] = []
+
+    def noting_checkpoint(self: Maintenance) -> bool:
+        begin, count = time.monotonic(), len(self._vault.dirty)
+        done = checkpoint(self)
+        log.note(f"checkpoint {begin} {time.monotonic()} {count}")
+        return done
+
+    def noting_rewrite(self: Maintenance, state: State) -> bool:
+        begin = time.monotonic()
+        done = rewrite(self, state)
+        log.note(f"rewrite {begin} {time.monotonic()} 1")
+        return done
+
+    def noting_start(self: Maintenance) -> None:
+        begun.append(self)
+        start(self)
+
+    signal.signal(signal.SIGUSR1, lambda *_: [each.nudge() for each in begun])
+    Maintenance.start = noting_start  # type: ignore[method-assign]
+    Maintenance.checkpoint = noting_checkpoint  # type: ignore[method-assign]
+    Maintenance.rewrite = noting_rewrite  # type: ignore[method-assign]
 
 
 def _count_file_writes(log: _Log) -> None:
@@ -103,12 +140,15 @@ def main() -> None:
     parser.add_argument("--wall-shift-s", type=float, default=0.0)
     parser.add_argument("--count")
     parser.add_argument("--fail-sync", type=Path)
+    parser.add_argument("--note-work")
     options = parser.parse_args(sys.argv[1:split])
     log = _Log(options.count) if options.count else None
     if options.wall_shift_s:
         _shift_wall_clock(options.wall_shift_s)
     if log is not None:
         _count_file_writes(log)
+    if options.note_work:
+        _note_work(_Log(options.note_work))
     vfs = _Vfs(log, options.fail_sync) if log or options.fail_sync else None
     sys.argv[1:] = sys.argv[split + 1 :]
     from sessionstored.__main__ import main as command
