@@ -47,6 +47,27 @@ async def test_a_second_owner_is_refused_by_the_first_ones_process_and_addresses
     await (await open_jsonl(tmp_path)).close()
 
 
+@pytest.mark.parametrize("error", [PermissionError(13, "denied"), OSError(5, "I/O error")])
+async def test_a_file_that_cannot_be_read_stops_the_start(tmp_path: Path, monkeypatch, error: OSError):
+    """Its session would seem not to exist, and the next append would make another file."""
+    (tmp_path / "sessions").mkdir()
+    (tmp_path / "sessions" / "k.jsonl").write_bytes(A + b"\n")
+    os_open = os.open
+
+    def unreadable(path, *arguments, **named):
+        if str(path).endswith("k.jsonl"):
+            raise error
+        return os_open(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", unreadable)
+    with pytest.raises(StartError, match=r"k\.jsonl.*make it readable"):
+        await open_jsonl(tmp_path)
+    monkeypatch.undo()
+    engine = await open_jsonl(tmp_path)
+    assert list(await lines(engine, "k")) == [A]
+    await engine.close()
+
+
 async def test_a_second_daemon_is_refused_before_it_binds(make_daemon, tmp_path: Path):
     first = make_daemon(tmp_path / "data", store="jsonl").start()
     second = make_daemon(tmp_path / "data", store="jsonl")
@@ -114,11 +135,11 @@ async def test_a_lock_that_finds_no_room_is_named_and_leaves_the_directory_free(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
-        with pytest.raises(StartError, match=r"LOCK: No space left on device"):
+        with pytest.raises(StartError, match="is full: make room"):
             await open_jsonl(tmp_path)
     engine = await open_jsonl(tmp_path)
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(StartError, match=r"LOCK: No space left on device"):
+    with pytest.raises(StartError, match="is full: make room"):
         engine.announce(["127.0.0.1:7400"])
     await engine.close()
 
@@ -139,7 +160,15 @@ async def test_a_store_file_that_is_cut_short_does_not_replace_the_whole_one(tmp
     text, write = (tmp_path / "STORE").read_bytes(), os.write
     directory = Directory(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "write", lambda fd, data: write(fd, data[:10]))
+        room = [10, 0]  # bytes of the first write; then the disk is full
+
+        def short(fd: int, data: bytes) -> int:
+            taken = room.pop(0)
+            if not taken:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(fd, data[:taken])
+
+        patch.setattr(os, "write", short)
         with pytest.raises(OSError, match="No space left on device"):
             directory.write_store(new_store())
     directory.close()

@@ -19,6 +19,10 @@ class Unadoptable(Exception):
     """A file that cannot be a session's: it is left alone; the message says why."""
 
 
+class Unreadable(Unadoptable):
+    """A file that cannot be opened or read: nobody knows whose it is."""
+
+
 def adopt(files: SessionFiles, name: str, revision: int, key: str = "") -> tuple[Entry, Sequence[str]]:
     """Read a file that somebody else wrote, as it is; its bytes stay as they are.
 
@@ -76,7 +80,7 @@ def _read_whole(files: SessionFiles, name: str) -> tuple[bytes, os.stat_result]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise Unadoptable(f"it cannot be opened: {error}") from error
+        raise Unreadable(f"it cannot be opened: {error}") from error
     try:
         before = os.fstat(fd)
         if not S_ISREG(before.st_mode):
@@ -85,7 +89,7 @@ def _read_whole(files: SessionFiles, name: str) -> tuple[bytes, os.stat_result]:
             with open(fd, "rb", closefd=False) as file:
                 data = file.read()
         except OSError as error:
-            raise Unadoptable(f"it cannot be read: {error}") from error
+            raise Unreadable(f"it cannot be read: {error}") from error
         files.disk.flush(fd)
         stat = os.fstat(fd)
     finally:

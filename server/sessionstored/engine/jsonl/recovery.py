@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sessionstored.engine import StartError
-from sessionstored.engine.jsonl.adoption import Unadoptable, adopt
+from sessionstored.engine.jsonl.adoption import Unadoptable, Unreadable, adopt
 from sessionstored.engine.jsonl.blocks import begins_with
 from sessionstored.engine.jsonl.damage import condemn, succeed
 from sessionstored.engine.jsonl.files import FileChanged
@@ -37,6 +37,7 @@ from sessionstored.rules import Change, Head
 log = logging.getLogger(__name__)
 
 _ENTRIES_PER_TRANSACTION = 500
+_ATTEMPTS = 20
 
 
 class Recovery:
@@ -311,11 +312,23 @@ class Recovery:
         self._put(adopted)
 
     def _adopt(self, name: str) -> Entry | None:
+        """Take in one file. Raises StartError if it cannot be read: its session would seem not to exist."""
         vault = self._vault
         try:
             name.encode()
-            entry, notes = adopt(vault.files, name, vault.next_revision())
-        except (UnicodeEncodeError, Unadoptable, FileNotFoundError, FileChanged) as error:
+            for _ in range(_ATTEMPTS):
+                try:
+                    entry, notes = adopt(vault.files, name, vault.next_revision())
+                    break
+                except FileChanged:
+                    continue
+            else:
+                raise StartError(f"{vault.files.sessions / name}: somebody is writing it: wait for its end")
+        except Unreadable as error:
+            raise StartError(
+                f"{vault.files.sessions / name}: {error}: make it readable, or move it away"
+            ) from error
+        except (UnicodeEncodeError, Unadoptable, FileNotFoundError) as error:
             log.error("sessions/%r is left alone: %r", name, error)
             return None
         for note in notes:

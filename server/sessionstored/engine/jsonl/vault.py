@@ -269,12 +269,6 @@ class Vault:
         state.dirty = False
         self.dirty.pop(state.key, None)
 
-    def forget_deleted(self, state: State) -> None:
-        """Forget a deleted session once its catalogue row is gone. Hold the lock."""
-        if self.states.get(state.key) is state:
-            del self.states[state.key]
-            self._forgotten += 1
-
     # Messages.
 
     def region(self, state: State) -> Region:
