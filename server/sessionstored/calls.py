@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import grpc
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from sessionstored import status
 from sessionstored.engine import Refused
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]  # generic in its stubs only
 Unary = Callable[[Message, Context], Awaitable[Message]]
 Stream = Callable[[Message, Context], AsyncIterator[Message]]
+RawUnary = Callable[[bytes, Context], Awaitable[Message]]
+RawStream = Callable[[bytes, Context], AsyncIterator[Message]]
+Reader = Callable[[bytes], Message]
 
 # gRPC cancels the calls that reach a server while it stops; these wait for their number to go down.
 _QUIET_S = 0.05
@@ -93,21 +96,19 @@ class Calls(grpc.aio.ServerInterceptor):
     def _guard(self, method: str, handler: "Handler") -> "Handler":
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(
-                self._unary(method, cast(Unary, handler.unary_unary)),
-                request_deserializer=handler.request_deserializer,
+                self._unary(method, cast(Unary, handler.unary_unary), _reader(handler)),
                 response_serializer=handler.response_serializer,
             )
         return grpc.unary_stream_rpc_method_handler(
-            self._stream(method, cast(Stream, handler.unary_stream)),
-            request_deserializer=handler.request_deserializer,
+            self._stream(method, cast(Stream, handler.unary_stream), _reader(handler)),
             response_serializer=handler.response_serializer,
         )
 
-    def _unary(self, method: str, behaviour: Unary) -> Unary:
-        async def guarded(request: Message, context: Context) -> Message:
+    def _unary(self, method: str, behaviour: Unary, read: Reader) -> RawUnary:
+        async def guarded(request: bytes, context: Context) -> Message:
             try:
-                with self._under_way(request.ByteSize()):
-                    return await behaviour(request, context)
+                with self._under_way(len(request)):
+                    return await behaviour(read(request), context)
             except Exception as error:
                 refusal = _refusal(error, method)
                 if context.done():  # the caller went away, and nobody hears why
@@ -116,12 +117,12 @@ class Calls(grpc.aio.ServerInterceptor):
 
         return guarded
 
-    def _stream(self, method: str, behaviour: Stream) -> Stream:
-        async def guarded(request: Message, context: Context) -> AsyncIterator[Message]:
+    def _stream(self, method: str, behaviour: Stream, read: Reader) -> RawStream:
+        async def guarded(request: bytes, context: Context) -> AsyncIterator[Message]:
             try:
-                with self._under_way(request.ByteSize()):
+                with self._under_way(len(request)):
                     begun = False
-                    async for reply in behaviour(request, context):
+                    async for reply in behaviour(read(request), context):
                         if begun:
                             self._check_draining()
                         with self._held(reply.ByteSize()):
@@ -170,6 +171,22 @@ class Calls(grpc.aio.ServerInterceptor):
             raise Refused(
                 Refusal("SHUTTING_DOWN", "the daemon is stopping; nothing was stored; try again")
             )
+
+
+def _reader(handler: "Handler") -> Reader:
+    """What reads a method's requests; gRPC's own answer to what cannot be read names no reason."""
+    parse = cast(Reader, handler.request_deserializer)
+
+    def read(request: bytes) -> Message:
+        try:
+            return parse(request)
+        except DecodeError as error:
+            text = f"the request cannot be read: {error}"
+            raise Refused(
+                Refusal("ARGUMENT_INVALID", text, {"field": "request", "detail": str(error)})
+            ) from error
+
+    return read
 
 
 def _refusal(error: Exception, method: str) -> Refusal:

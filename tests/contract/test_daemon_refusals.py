@@ -430,3 +430,15 @@ def test_an_unknown_method_is_unimplemented(shared_daemon):
     with channel_to(shared_daemon.address) as channel, pytest.raises(grpc.RpcError) as caught:
         channel.unary_unary("/sessionstore.v1.SessionStore/Nope")(b"", timeout=60)
     assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize("method", ["AppendMessages", "GetSession", "ReadMessages"])
+@pytest.mark.parametrize("request_", [b"\x0a\x02\xff\xfe", b"\xff\xff\xff"], ids=["no UTF-8", "no protobuf"])
+def test_a_request_that_cannot_be_read_is_refused_by_name(shared_daemon, method, request_):
+    path = f"/sessionstore.v1.SessionStore/{method}"
+    with channel_to(shared_daemon.address) as channel:
+        if method == "ReadMessages":
+            got = refusal(lambda: list(channel.unary_stream(path)(request_, timeout=10)))
+        else:
+            got = refusal(lambda: channel.unary_unary(path)(request_, timeout=10))
+    assert (got.reason, got.metadata["field"]) == ("ARGUMENT_INVALID", "request")
