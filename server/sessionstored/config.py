@@ -191,7 +191,10 @@ class Config:
     page_size_max: int = _setting(1000, "Sessions of one page of a listing.", unit="sessions")
     request_id_bytes_max: int = _setting(256, "Length of a request_id.", unit="bytes", maximum=1024)
     window_calls_max: int = _setting(
-        1024, "Answers that are kept per client, for calls that are sent again.", unit="calls"
+        1024,
+        "Answers that are kept per client, for calls that are sent again.",
+        unit="calls",
+        minimum=1024,  # the contract lets calls run 1,023 ahead of the lowest one that is unanswered
     )
     window_bytes_max: int = _setting(
         1 << 20, "Bytes of removed messages that the kept answers of one client hold.", unit="bytes"

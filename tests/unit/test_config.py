@@ -101,6 +101,7 @@ def test_a_named_file_must_exist(tmp_path: Path):
         ("message_bytes_max = 2000000000", "message_bytes_max must be 1 to 1,073,741,824"),
         ("drain_s_max = 'x'", "drain_s_max must be a number, not 'x'"),
         ("drain_s_max = nan", "drain_s_max must be 0 to 3,600, not nan"),
+        ("window_calls_max = 1023", "window_calls_max must be 1,024 to 2,147,483,648, not 1023"),
         ("insecure = 1", "insecure must be true or false, not 1"),
         ("listen = 'a:1'", "listen must be a list of strings, not 'a:1'"),
         ("listen = [1]", r"listen must be a list of strings, not \[1\]"),
