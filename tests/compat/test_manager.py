@@ -385,7 +385,6 @@ def test_one_session_saved_by_many_threads_at_once_is_stored_once(
     assert texts(store.session(key).messages) == texts(session.messages) == ["0", "1", "2", "3", "4"]
 
 
-@pytest.mark.timeout(30)
 def test_a_signal_handler_is_told_when_it_interrupted_the_very_save(
     here: SessionManager, store: SessionStore, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

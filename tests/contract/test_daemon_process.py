@@ -462,18 +462,18 @@ def test_more_connections_than_descriptors_leave_the_store_its_own(make_daemon, 
     daemon = make_daemon(store="jsonl", descriptors_max=128).start()
     assert _answers(daemon)
     host, port = daemon.address.rsplit(":", 1)
-    connections = [socket.create_connection((host, int(port)), timeout=5) for _ in range(200)]
+    connections = [socket.create_connection((host, int(port)), timeout=60) for _ in range(200)]
     for connection in connections:
         with suppress(OSError):  # refused
             connection.sendall(preface)
     time.sleep(0.5)
     for n in range(60):
-        daemon.stub.AppendMessages(v1.AppendMessagesRequest(key=f"k{n}", messages=b"{}\n"), timeout=10)
+        daemon.stub.AppendMessages(v1.AppendMessagesRequest(key=f"k{n}", messages=b"{}\n"), timeout=60)
     for connection in connections:
         connection.close()
     with channel_to(daemon.address) as channel:
         stub = session_store_pb2_grpc.SessionStoreStub(channel)
-        stub.GetServerInfo(v1.GetServerInfoRequest(), timeout=10, wait_for_ready=True)
+        stub.GetServerInfo(v1.GetServerInfoRequest(), timeout=60, wait_for_ready=True)
     assert daemon.terminate() == 0
 
 

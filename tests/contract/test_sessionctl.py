@@ -167,7 +167,7 @@ def test_rm_removes_only_when_told_so(daemon, ctl):
 def test_without_a_stdin_there_is_nobody_to_ask(daemon, ctl, arguments):
     put(daemon, "a")
     shell = ["sh", "-c", 'exec "$0" "$@" <&-', str(COMMAND), "--target", ctl.target, *arguments]
-    done = subprocess.run(shell, env=clean_environment(), capture_output=True, check=False, timeout=30)
+    done = subprocess.run(shell, env=clean_environment(), capture_output=True, check=False, timeout=120)
     assert (done.returncode, done.stdout) == (2, b"")
     assert b"there is no" in done.stderr
     assert b"Traceback" not in done.stderr

@@ -8,7 +8,7 @@ from crash.ladder import RUNGS
 from crash.tally import Rung
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("rung", RUNGS, ids=lambda rung: rung.fault)
 def test_a_fault_loses_nothing(tmp_path: Path, rung: Rung) -> None:
     why_not = rung.unavailable()

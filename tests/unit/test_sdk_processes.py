@@ -238,12 +238,11 @@ def test_ctrl_c_leaves_a_write_unknown_and_the_client_usable(
     assert output(process) == "interrupted\n[0, 1, 2]\n"
 
 
-@pytest.mark.timeout(30)
 def test_a_signal_handler_may_write_whatever_it_interrupts(
     shared_daemon: Daemon, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here it interrupts a thread that is just moving a snapshot, through the same handle and another one."""
-    with SessionStore(shared_daemon.address, timeout=20) as store:
+    with SessionStore(shared_daemon.address, timeout=100) as store:
         handle, other = store.session(key), store.session(key + "/other")
         advanced = session.advanced
 
@@ -274,9 +273,10 @@ def test_ctrl_c_at_any_moment_holds_up_nothing_afterwards(shared_daemon: Daemon,
     code = """
         import os, sys, time
         import grpc
-        from sessionstore import SessionStore
+        from sessionstore import SessionStore, _driver
+        _driver.DRAIN_S = 200  # who waited for anything would wait for long
         target, key = sys.argv[1:]
-        store = SessionStore(target, timeout=20)
+        store = SessionStore(target, timeout=100)
         handle = store.session(key)
         sent = []
         def interrupted_at(place):
@@ -315,6 +315,6 @@ def test_ctrl_c_at_any_moment_holds_up_nothing_afterwards(shared_daemon: Daemon,
             os._exit(0)
         os.waitpid(child, 0)
         store.close()
-        print(time.monotonic() - begun < 5, flush=True)
+        print(time.monotonic() - begun < 60, flush=True)
     """
     assert output(python(code, shared_daemon.address, key)) == "True\n"
