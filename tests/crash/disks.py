@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import apsw
-from sessionstored.engine.jsonl import pages
+from sessionstored.engine.jsonl import pages, wal
 from sessionstored.engine.jsonl.disk import Disk
 
 KINDS = ("open_append", "create", "write", "flush", "flush_directory", "truncate", "rename", "unlink")
@@ -206,6 +206,7 @@ def journal_of(data: Path) -> Iterator[apsw.Connection]:
     What is changed is one transaction, and stays in the write-ahead log.
     """
     pages.register()
+    wal.discard_torn(data / "journal.db-wal", data / "journal.db")
     db = apsw.Connection(str(data / "journal.db"), vfs=pages.CHECKSUM_VFS)
     db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
     db.pragma("wal_autocheckpoint", 0)

@@ -120,6 +120,7 @@ class Journal:
             raise FormatError(str(error)) from error
         self._path = path
         self._vfs = vfs or pages.CHECKSUM_VFS
+        wal.discard_torn(self.log, path)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # its other files take its mode
         self._db = self._connect()
         # Kept open: a file that is closed loses every lock that its process has on it, SQLite's own too.
@@ -371,7 +372,7 @@ class Journal:
         To be asked before anything is written, and of a log whose every commit was flushed.
         """
         frames, _ = self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
-        return wal.lost_commit(self.log, self._path, max(0, frames))
+        return wal.lost_commit(self.log, max(0, frames))
 
     @property
     def log(self) -> Path:

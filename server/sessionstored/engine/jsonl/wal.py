@@ -27,12 +27,27 @@ _PAGE_BYTES = 4096
 _CHECKSUM_BYTES = 8
 
 
-def lost_commit(log: Path, database: Path, valid_frames: int) -> str:
+def discard_torn(log: Path, database: Path) -> None:
+    """Empty a log whose header is torn, if the database has all of it: so a new round of it begins.
+
+    To be called before SQLite opens the database: it takes such a log for empty, and would begin the new
+    round with the old one's salts, in front of the old one's frames.
+    """
+    try:
+        with log.open("r+b") as file:
+            frames = _Frames(file)
+            if frames.count and not frames.header_is_whole and frames.are_in(database):
+                file.truncate(0)
+                os.fsync(file.fileno())
+    except FileNotFoundError:
+        return
+
+
+def lost_commit(log: Path, valid_frames: int) -> str:
     """Say where the log lost a commit; "" if it ends as a crash leaves it.
 
     Args:
         log: the write-ahead log.
-        database: what it belongs to.
         valid_frames: how many frames SQLite reads of it.
 
     """
@@ -41,9 +56,7 @@ def lost_commit(log: Path, database: Path, valid_frames: int) -> str:
             frames = _Frames(file)
             if not frames.count:
                 return ""
-            if not frames.header_is_whole:
-                return "" if frames.are_in(database) else "its header is damaged"
-            return frames.lost_commit(valid_frames)
+            return frames.lost_commit(valid_frames) if frames.header_is_whole else "its header is damaged"
     except FileNotFoundError:
         return ""
 
