@@ -3,7 +3,7 @@
 `make torture` runs each at full size; `make test` runs a sample of each (test_ladder.py).
 """
 
-from crash import clock_jumps, failing_calls, full_disks, kills, one_slow_thing
+from crash import clock_jumps, failing_calls, full_disks, kills, large_directory, one_slow_thing
 from crash.tally import Rung
 
 RUNGS = (
@@ -12,4 +12,5 @@ RUNGS = (
     Rung("EIO of a system call", failing_calls.run, full=40, sample=4, unavailable=failing_calls.unavailable),
     Rung("clocks that jump", clock_jumps.run, full=20, sample=3, times_min=100),
     Rung("one slow thing", one_slow_thing.run, full=one_slow_thing.FILES_FULL, sample=50),
+    Rung("recovery of a large directory", large_directory.run, full=100_000, sample=2_000),
 )
