@@ -10,9 +10,11 @@ from zlib import crc32
 
 import pytest
 from crash.by_hand import BY_HAND, quiet
+from crash.disks import FullDisk
 from engines import done, lines
 from sessionstored.engine import StartError
 from sessionstored.engine.jsonl import JsonlEngine, open_jsonl
+from sessionstored.engine.jsonl.disk import Disk
 from sessionstored.engine.jsonl.store import Directory, new_store
 from sessionstored.rules import Append
 
@@ -155,24 +157,29 @@ async def test_an_unreadable_store_file_is_refused(tmp_path: Path, text: str):
         await open_jsonl(tmp_path)
 
 
-async def test_a_store_file_that_is_cut_short_does_not_replace_the_whole_one(tmp_path: Path, monkeypatch):
+async def test_a_store_file_that_is_cut_short_does_not_replace_the_whole_one(tmp_path: Path):
     await (await open_jsonl(tmp_path)).close()
-    text, write = (tmp_path / "STORE").read_bytes(), os.write
-    directory = Directory(tmp_path)
-    with monkeypatch.context() as patch:
-        room = [10, 0]  # bytes of the first write; then the disk is full
-
-        def short(fd: int, data: bytes) -> int:
-            taken = room.pop(0)
-            if not taken:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return write(fd, data[:taken])
-
-        patch.setattr(os, "write", short)
-        with pytest.raises(OSError, match="No space left on device"):
-            directory.write_store(new_store())
+    text = (tmp_path / "STORE").read_bytes()
+    disk = FullDisk()
+    directory = Directory(tmp_path, disk)
+    disk.room = 10
+    with pytest.raises(OSError, match="No space left on device"):
+        directory.write_store(new_store())
     directory.close()
     assert (tmp_path / "STORE").read_bytes() == text
+
+
+async def test_the_names_of_new_directories_are_flushed(tmp_path: Path):
+    flushed: list[Path] = []
+
+    class Noting(Disk):
+        def flush_directory(self, path: Path) -> None:
+            flushed.append(path)
+
+    Directory(tmp_path / "a" / "data", Noting()).close()
+    assert flushed == [tmp_path, tmp_path / "a", tmp_path / "a" / "data", tmp_path / "a" / "data"]
+    Directory(tmp_path / "a" / "data", Noting()).close()
+    assert len(flushed) == 4
 
 
 async def test_a_journal_lost_after_a_clean_stop_is_rebuilt_and_revisions_go_on(tmp_path: Path):

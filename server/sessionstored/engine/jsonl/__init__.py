@@ -129,7 +129,7 @@ class JsonlEngine:
     ) -> None:
         self.durability = durability
         self._loop, self._tuning = loop, tuning
-        self._directory = Directory(data)
+        self._directory = Directory(data, disk)
         try:
             self._vault = open_vault(
                 self._directory,

@@ -1,4 +1,4 @@
-"""The lowest seam: every change and every flush of a session file goes through a `Disk`.
+"""The lowest seam: every change and every flush of a session file and of STORE goes through a `Disk`.
 
 It exists so that tests can fail, cut or reorder any single step. It knows paths and bytes, nothing of
 sessions.

@@ -15,6 +15,7 @@ from pathlib import Path
 from zlib import crc32
 
 from sessionstored.engine import StartError
+from sessionstored.engine.jsonl.disk import Disk
 from sessionstored.engine.jsonl.files import FULL
 
 FORMAT = 1
@@ -45,20 +46,24 @@ class StoreFile:
 class Directory:
     """An owned data directory."""
 
-    def __init__(self, path: Path) -> None:
-        """Create what is missing, and take the lock.
+    def __init__(self, path: Path, disk: Disk) -> None:
+        """Create what is missing, durably, and take the lock.
+
+        Args:
+            path: the directory.
+            disk: what writes STORE.
 
         Raises:
             StartError: it cannot be written, or another daemon owns it.
 
         """
-        self.path = path
+        self.path, self._disk = path, disk
         self.sessions = path / "sessions"
         self.quarantine = path / "quarantine"
         self.journal = path / "journal.db"
         try:
             for folder in (path, self.sessions, self.quarantine):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _make(folder, disk)
             self._lock = os.open(path / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise StartError(
@@ -122,20 +127,14 @@ class Directory:
     def write_store(self, store: StoreFile) -> None:
         """Replace STORE, durably."""
         temporary = self.path / ".STORE.tmp"
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = self._disk.create(temporary)
         try:
-            text = store.encoded()
-            while text:
-                text = text[os.write(fd, text) :]  # a disk that fills may take a part
-            os.fsync(fd)
+            self._disk.write_all(fd, store.encoded())
+            self._disk.flush(fd)
         finally:
             os.close(fd)
-        os.rename(temporary, self.path / "STORE")
-        folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        self._disk.rename(temporary, self.path / "STORE")
+        self._disk.flush_directory(self.path)
 
     def close(self) -> None:
         """Release the lock. LOCK stays, empty: two daemons could lock two files of that name."""
@@ -146,6 +145,16 @@ class Directory:
 def full(path: Path) -> StartError:
     """What to tell the operator of a disk that has no room for a start."""
     return StartError(f"the disk of {path} is full: make room, then start again")
+
+
+def _make(folder: Path, disk: Disk) -> None:
+    """Make a directory, and those above it, and flush the names of those that are new."""
+    if folder.is_dir():
+        return
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for each in reversed(missing):
+        disk.flush_directory(each.parent)
 
 
 def new_store() -> StoreFile:
