@@ -1,0 +1,429 @@
+"""A simulated disk under session files, STORE and SQLite: what was not flushed may be lost in any mixture.
+
+The real files are the page cache: the engine reads and writes them. Beside them the disk remembers what is
+durable, and which changes are not. `cut` makes the directory what a power cut would leave. The model, which
+is at least as harsh as ext4 and xfs:
+
+* A file's bytes are durable when its own flush returns. Of each write since then, any set of 512-byte sectors
+  is there, in whatever order they were written, also of a write that was made before a later one.
+* Changes of a file's size happen in order, and may stop anywhere: the size is what it was after some of them,
+  or any byte between two of them. What the file should have below its size and does not is zeros. (ext4 and
+  xfs keep that order, too, and may show zeros where blocks were allocated and not written.)
+* Modification times are any that the file had since its flush.
+* Names are durable when their directory is flushed. Of the changes since then each has happened or not, by
+  itself: a later one without an earlier one, too. (ext4 and xfs keep their order, and flush a new file's name
+  with the file. Here nothing but the directory's own flush does that.) A rename is one change, also between
+  two directories.
+* What was under way when the power went counts as made and not flushed; a flush under way did nothing.
+* SQLite's shared memory is gone.
+
+Sectors are whole or not there, and a flush that returns tells the truth, unless the disk is asked to lie.
+Inodes are kept alive by links in an attic beside the directory, so that a file that comes back is the one
+that the catalogue knows. The journal is watched above its page checksums, and what reached the file is read
+back from there. It knows files and names; nothing of sessions.
+"""
+
+import errno
+import os
+import random
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import apsw
+from sessionstored.engine.jsonl import pages
+from sessionstored.engine.jsonl.disk import Disk
+
+SECTOR_BYTES = 512
+SHARES = (0.0, 0.1, 0.5, 0.9, 1.0)
+T = TypeVar("T")
+
+
+@dataclass
+class _File:
+    """What is durable of a file, and what was done to it since."""
+
+    durable: bytearray
+    mtime_ns: int
+    changes: list[tuple[int, bytes] | int] = field(default_factory=list)
+    """(offset, bytes) of a write, or the length that it was cut to."""
+    mtimes_ns: list[int] = field(default_factory=list)
+
+    def settle(self, mtime_ns: int) -> None:
+        """Everything so far is durable."""
+        for change in self.changes:
+            if isinstance(change, int):
+                _cut(self.durable, change)
+            else:
+                _put(self.durable, *change)
+        self.changes.clear()
+        self.mtimes_ns.clear()
+        self.mtime_ns = mtime_ns
+
+    def survivors(self, rng: random.Random, share: float) -> tuple[bytes, int]:
+        """(content, mtime) that a power cut leaves."""
+        content, size, ever = bytearray(self.durable), len(self.durable), len(self.durable)
+        sizes_left = rng.randint(0, len(self.changes)) if 0 < share < 1 else len(self.changes) * int(share)
+        for change in self.changes:
+            sizes_left -= 1
+            if isinstance(change, int):
+                ever = change
+                if sizes_left >= 0:
+                    _cut(content, change)
+                    size = change
+                continue
+            offset, data = change
+            for begin, end in _sectors(offset, len(data)):
+                if share == 1 or (share and rng.random() < share):
+                    _put(content, begin, data[begin - offset : end - offset])
+            end = offset + len(data)
+            if end > ever:
+                if sizes_left >= 0:
+                    size = end
+                elif sizes_left == -1 and share and end > size:
+                    size = rng.randint(size, end)
+                ever = end
+        content = content[:size].ljust(size, b"\0")
+        return bytes(content), rng.choice([self.mtime_ns, *self.mtimes_ns])
+
+
+def _cut(content: bytearray, length: int) -> None:
+    content[:] = content[:length].ljust(length, b"\0")
+
+
+def _put(content: bytearray, offset: int, data: bytes) -> None:
+    if len(content) < offset:
+        content.extend(bytes(offset - len(content)))
+    content[offset : offset + len(data)] = data
+
+
+def _sectors(offset: int, length: int) -> Iterator[tuple[int, int]]:
+    """The parts of a write, one per sector."""
+    position = offset
+    while position < offset + length:
+        end = min(offset + length, (position // SECTOR_BYTES + 1) * SECTOR_BYTES)
+        yield position, end
+        position = end
+
+
+@dataclass(frozen=True)
+class _Naming:
+    """A change of names: `gone` goes, `new` becomes a file's."""
+
+    gone: Path | None = None
+    new: Path | None = None
+    inode: int = 0
+
+    @property
+    def paths(self) -> set[Path]:
+        return {path for path in (self.gone, self.new) if path is not None}
+
+    def apply(self, names: dict[Path, int]) -> None:
+        if self.gone is not None:
+            names.pop(self.gone, None)
+        if self.new is not None:
+            names[self.new] = self.inode
+
+
+class PowerCut(OSError):
+    """The power is gone: nothing is written any more."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.EIO, "the power was cut")
+
+
+class SimulatedDisk(Disk):
+    """The disk of one data directory, and through `vfs` of its journal."""
+
+    def __init__(self, data: Path, *, unflushed: tuple[str, ...] = (), honest: bool = True) -> None:
+        """Watch a directory.
+
+        Args:
+            data: the directory; all in it is durable,
+            unflushed: but for these files, which somebody wrote just now.
+            honest: whether a flush makes anything durable.
+
+        """
+        self.data, self.honest = data, honest
+        self.cut_at = 0
+        """The step at which the power goes; 0: never."""
+        self.dead = False
+        self.steps = 0
+        self.kinds: Counter[str] = Counter()
+        self.last_kind = ""
+        self._attic = data.with_name(f"{data.name}.attic")
+        self._lock = threading.RLock()
+        self._files: dict[int, _File] = {}
+        self._names: dict[Path, int] = {}
+        self._namings: list[_Naming] = []
+        self._eyes: list[int] = []
+        shutil.rmtree(self._attic, ignore_errors=True)
+        self._attic.mkdir(parents=True)
+        for folder in (data, data / "sessions", data / "quarantine"):
+            folder.mkdir(exist_ok=True, parents=True)
+            for path in folder.iterdir():
+                if path.is_file() and path.name != "LOCK":
+                    self.know(path, durable=path.name not in unflushed)
+
+    # What happens.
+
+    def do(self, kind: str, work: Callable[[], T]) -> T:
+        """Do one step, unless the power is gone, or goes now."""
+        with self._lock:
+            if self.dead:
+                raise PowerCut
+            self.steps += 1
+            self.last_kind = kind
+            self.kinds[kind] += 1
+            now = self.steps == self.cut_at
+            if now and "flush" in kind:
+                self.dead = True
+                raise PowerCut
+            result = work()
+            if now:
+                self.dead = True
+                raise PowerCut
+            return result
+
+    def know(self, path: Path, durable: bool = False) -> None:
+        """Learn of a file that is there."""
+        stat = path.stat()
+        if stat.st_ino not in self._files:
+            os.link(path, self._attic / str(stat.st_ino))
+            self._files[stat.st_ino] = _File(bytearray(), stat.st_mtime_ns)
+            if stat.st_size:
+                self.wrote(stat.st_ino, 0, path.read_bytes(), stat.st_mtime_ns)
+        self._namings.append(_Naming(new=path, inode=stat.st_ino))
+        if durable:
+            self._files[stat.st_ino].settle(stat.st_mtime_ns)
+            self._namings.pop().apply(self._names)
+
+    def wrote(self, inode: int, offset: int, data: bytes, mtime_ns: int) -> None:
+        self._change(inode, (offset, data), mtime_ns)
+
+    def _change(self, inode: int, change: tuple[int, bytes] | int, mtime_ns: int) -> None:
+        file = self._files[inode]
+        file.changes.append(change)
+        file.mtimes_ns.append(mtime_ns)
+
+    def flushed(self, stat: os.stat_result) -> None:
+        if self.honest:
+            self._files[stat.st_ino].settle(stat.st_mtime_ns)
+
+    def flushed_names(self, folder: Path) -> None:
+        """The names of a directory are durable, and what happened to the same files' names before that."""
+        if not self.honest:
+            return
+        kept: list[_Naming] = []
+        durable: list[_Naming] = []
+        paths: set[Path] = set()
+        for naming in reversed(self._namings):
+            if naming.paths & paths or any(path.parent == folder for path in naming.paths):
+                paths |= naming.paths
+                durable.append(naming)
+            else:
+                kept.append(naming)
+        for naming in reversed(durable):
+            naming.apply(self._names)
+        self._namings = kept[::-1]
+
+    # Session files and STORE.
+
+    def open_append(self, path: Path) -> int:
+        return self._open("open", path, super().open_append)
+
+    def create(self, path: Path) -> int:
+        return self._open("create", path, super().create)
+
+    def _open(self, kind: str, path: Path, work: Callable[[Path], int]) -> int:
+        opened: list[int] = []
+
+        def opening() -> int:
+            was = path.exists() and path.stat().st_size
+            new = not path.exists()
+            opened.append(work(path))
+            if new:
+                self.know(path)
+            elif kind == "create" and was:
+                stat = os.fstat(opened[0])
+                self._change(stat.st_ino, 0, stat.st_mtime_ns)
+            return opened[0]
+
+        if kind == "open" and path.exists():  # nothing changes
+            return work(path)
+        try:
+            return self.do(f"file {kind}", opening)
+        except PowerCut:
+            for fd in opened:
+                os.close(fd)
+            raise
+
+    def write(self, fd: int, data: bytes) -> int:
+        def writing() -> int:
+            written = os.write(fd, data)
+            stat = os.fstat(fd)
+            end = os.lseek(fd, 0, os.SEEK_CUR)
+            self.wrote(stat.st_ino, end - written, data[:written], stat.st_mtime_ns)
+            return written
+
+        return self.do("file write", writing)
+
+    def flush(self, fd: int) -> None:
+        self.do("file flush", lambda: self.flushed(os.fstat(fd)))
+
+    def flush_directory(self, path: Path) -> None:
+        self.do("directory flush", lambda: self.flushed_names(path))
+
+    def truncate(self, fd: int, length: int) -> None:
+        def cutting() -> None:
+            os.ftruncate(fd, length)
+            stat = os.fstat(fd)
+            self._change(stat.st_ino, length, stat.st_mtime_ns)
+
+        self.do("file truncate", cutting)
+
+    def rename(self, old: Path, new: Path) -> None:
+        def renaming() -> None:
+            inode = old.stat().st_ino
+            os.rename(old, new)
+            self._namings.append(_Naming(old, new, inode))
+
+        self.do("file rename", renaming)
+
+    def unlink(self, path: Path) -> None:
+        def unlinking() -> None:
+            os.unlink(path)
+            self._namings.append(_Naming(path))
+
+        self.do("file unlink", unlinking)
+
+    # The journal.
+
+    @contextmanager
+    def vfs(self) -> Iterator[str]:
+        """The name of a VFS for the journal."""
+        pages.register()
+        name = f"simulated{id(self)}"
+        vfs = _Vfs(name, self)
+        try:
+            yield name
+        finally:
+            vfs.unregister()
+            for fd in self._eyes:
+                os.close(fd)
+            self._eyes.clear()
+
+    def eye(self, path: Path) -> int:
+        """A descriptor to look at a file of SQLite's; to close one earlier would drop SQLite's locks."""
+        self._eyes.append(os.open(path, os.O_RDONLY))
+        return self._eyes[-1]
+
+    # The power cut.
+
+    def cut(self, rng: random.Random, share: float | None = None) -> None:
+        """Make the directory what a power cut leaves, all of it durable, and give it power again.
+
+        Args:
+            rng: what chooses.
+            share: how much of what was not flushed is there, between 0 and 1; None: that is chosen, too.
+
+        """
+        share = rng.choice(SHARES) if share is None else share
+        names = dict(self._names)
+        for naming in self._namings:
+            if share == 1 or (share and rng.random() < share):
+                naming.apply(names)
+        for folder in (self.data, self.data / "sessions", self.data / "quarantine"):
+            for path in folder.iterdir():
+                if path.is_file() and path.name != "LOCK":
+                    path.unlink()
+        files = {}
+        for path, inode in sorted(names.items()):
+            if inode not in files:
+                content, mtime_ns = self._files[inode].survivors(rng, share)
+                with (self._attic / str(inode)).open("r+b") as file:
+                    file.truncate(0)
+                    file.write(content)
+                os.utime(self._attic / str(inode), ns=(mtime_ns, mtime_ns))
+                files[inode] = _File(bytearray(content), mtime_ns)
+            os.link(self._attic / str(inode), path)
+        for inode in self._files.keys() - files.keys():
+            (self._attic / str(inode)).unlink()
+        self._files, self._names, self._namings = files, names, []
+        self.dead, self.cut_at, self.steps = False, 0, 0
+
+
+class _Vfs(apsw.VFS):
+    def __init__(self, name: str, disk: SimulatedDisk) -> None:
+        self._disk = disk
+        super().__init__(name, pages.CHECKSUM_VFS)
+
+    def xOpen(self, name: object, flags: list[int]) -> apsw.VFSFile:  # type: ignore[override]
+        if name is None:
+            return apsw.VFSFile(pages.CHECKSUM_VFS, name, flags)  # type: ignore[arg-type]
+        return _VfsFile(name, flags, self._disk)
+
+    def xDelete(self, name: str, sync: bool) -> None:
+        path, disk = Path(name), self._disk
+
+        def deleting() -> None:
+            super(_Vfs, self).xDelete(name, sync)
+            disk._namings.append(_Naming(path))
+            if sync:
+                disk.flushed_names(path.parent)
+
+        _step(disk, "journal unlink", deleting)
+
+
+class _VfsFile(apsw.VFSFile):
+    def __init__(self, name: object, flags: list[int], disk: SimulatedDisk) -> None:
+        self._path = Path(name.filename() if isinstance(name, apsw.URIFilename) else str(name))
+        self._kind = "log" if self._path.name.endswith("-wal") else "database"
+        self._disk = disk
+        new = not self._path.exists()
+        super().__init__(pages.CHECKSUM_VFS, name, flags)  # type: ignore[arg-type]
+        self._eye = disk.eye(self._path)
+        if new or os.fstat(self._eye).st_ino not in disk._files:
+            disk.know(self._path)
+        self._names_wait = new and not flags[0] & apsw.SQLITE_OPEN_MAIN_DB
+        """SQLite flushes the directory of a new log with the log's first flush."""
+
+    def xWrite(self, data: bytes, offset: int) -> None:
+        def writing() -> None:
+            super(_VfsFile, self).xWrite(data, offset)
+            stat = os.fstat(self._eye)
+            self._disk.wrote(
+                stat.st_ino, offset, os.pread(self._eye, len(data), offset), stat.st_mtime_ns
+            )
+
+        _step(self._disk, f"{self._kind} write", writing)
+
+    def xSync(self, flags: int) -> None:
+        def syncing() -> None:
+            self._disk.flushed(os.fstat(self._eye))
+            if self._names_wait:
+                self._disk.flushed_names(self._path.parent)
+                self._names_wait = False
+
+        _step(self._disk, f"{self._kind} flush", syncing)
+
+    def xTruncate(self, size: int) -> None:
+        def cutting() -> None:
+            super(_VfsFile, self).xTruncate(size)
+            stat = os.fstat(self._eye)
+            self._disk._change(stat.st_ino, size, stat.st_mtime_ns)
+
+        _step(self._disk, f"{self._kind} truncate", cutting)
+
+
+def _step(disk: SimulatedDisk, kind: str, work: Callable[[], None]) -> None:
+    """A step of SQLite, whose errors are its own."""
+    try:
+        disk.do(kind, work)
+    except PowerCut as error:
+        raise apsw.IOError(str(error)) from error

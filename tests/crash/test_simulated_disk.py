@@ -1,0 +1,59 @@
+"""The simulated disk itself: what it loses, and what it keeps."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+from crash.simulated import SECTOR_BYTES, SimulatedDisk
+
+
+def write(disk: SimulatedDisk, path: Path, data: bytes) -> int:
+    fd = disk.open_append(path)
+    disk.write_all(fd, data)
+    return fd
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_what_was_not_flushed_is_lost_or_there(tmp_path: Path, share: float) -> None:
+    disk = SimulatedDisk(tmp_path / "data")
+    sessions = tmp_path / "data" / "sessions"
+    one, two = write(disk, sessions / "one", b"flushed"), write(disk, sessions / "two", b"flushed")
+    for fd in (one, two):
+        disk.flush(fd)
+    disk.flush_directory(sessions)
+    disk.write_all(one, b" and not")
+    disk.truncate(two, 3)
+    three = write(disk, sessions / "three", b"new")
+    disk.flush(three)
+    disk.rename(sessions / "three", sessions / "two")
+    disk.unlink(sessions / "one")
+    for fd in (one, two, three):
+        os.close(fd)
+    disk.cut(random.Random(1), share)
+    found = {path.name: path.read_bytes() for path in sessions.iterdir()}
+    assert found == ({"one": b"flushed", "two": b"flushed"} if share == 0 else {"two": b"new"})
+
+
+def test_what_was_not_flushed_is_torn_into_sectors(tmp_path: Path) -> None:
+    path = tmp_path / "data" / "sessions" / "one"
+    rng = random.Random(2)
+    holes = short = 0
+    for _ in range(50):
+        disk = SimulatedDisk(tmp_path / "data")
+        fd = write(disk, path, b"x" * 100)
+        disk.flush(fd)
+        disk.flush_directory(path.parent)
+        disk.write_all(fd, b"y" * 5000)
+        os.close(fd)
+        disk.cut(rng, 0.5)
+        found = path.read_bytes()
+        assert found[:100] == b"x" * 100
+        for begin in range(0, len(found), SECTOR_BYTES):
+            part = found[max(100, begin) : begin + SECTOR_BYTES]
+            assert set(part) in ({0}, {ord("y")}, set())
+            holes += part[:1] == b"\0"
+        short += len(found) < 5100
+        path.unlink()
+    assert holes > 20
+    assert 20 < short < 50
