@@ -1,11 +1,15 @@
-"""The simulated disk itself: what it loses, and what it keeps."""
+"""The simulated disk itself: what it loses, and what it keeps. And single cases that it found."""
 
 import os
 import random
 from pathlib import Path
 
 import pytest
+from crash.by_hand import BY_HAND, A, B, opened, says
 from crash.simulated import SECTOR_BYTES, SimulatedDisk
+from engines import done, lines
+from sessionstored.engine.jsonl import open_jsonl
+from sessionstored.rules import Append
 
 
 def write(disk: SimulatedDisk, path: Path, data: bytes) -> int:
@@ -57,3 +61,30 @@ def test_what_was_not_flushed_is_torn_into_sectors(tmp_path: Path) -> None:
         path.unlink()
     assert holes > 20
     assert 20 < short < 50
+
+
+@pytest.mark.parametrize("edited", [False, True])
+async def test_the_name_of_an_adopted_file_is_durable_before_it_is_counted_on(
+    tmp_path: Path, edited: bool
+) -> None:
+    data = tmp_path / "data"
+    (data / "sessions").mkdir(parents=True)
+    file = data / "sessions" / "k.jsonl"
+    if not edited:
+        file.write_bytes(A + b"\n")
+    disk = SimulatedDisk(data, unflushed=("k.jsonl",))
+    with disk.vfs() as vfs:
+        engine = await open_jsonl(data, tuning=BY_HAND, disk=disk, vfs=vfs)
+        if edited:
+            await done(engine, Append("k", [B]))
+            await engine.close()
+            engine = await open_jsonl(data, tuning=BY_HAND, disk=disk, vfs=vfs)
+            (data / "sessions" / "new").write_bytes(A + b"\n")
+            disk.know(data / "sessions" / "new")
+            disk.rename(data / "sessions" / "new", file)
+        assert await lines(engine, "k") == [A]
+        disk.dead = True
+        await engine.close()
+        disk.cut(random.Random(1), 0)
+    async with opened(data) as engine:
+        await says(engine, "k", A)

@@ -46,6 +46,7 @@ def adopt_again(vault: "Vault", entry: Entry) -> Entry:
             adopted.head.message_count,
             "; ".join(notes),
         )
+        vault.files.flush_names()  # perhaps the edit gave the name to another file
         vault.journal.put_entries([adopted])
         vault.journal.put_meta(revision=vault.revision)
         return adopted
