@@ -163,6 +163,7 @@ class SessionFiles:
             if not expected:
                 self.set_aside(file.name, os.pread(fd, beyond, file.blocks.length), "foreign")
             self.disk.truncate(fd, file.blocks.length)
+            self.disk.flush(fd)  # or a power cut could mix what was there with what is appended now
         file.torn_write, state.damage_set_aside, file.inode = False, False, stat.st_ino
 
     def prefix_is_whole(self, fd: int, blocks: Blocks) -> bool:

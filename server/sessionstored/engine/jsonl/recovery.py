@@ -266,10 +266,14 @@ class Recovery:
         written = self._written[key]
         headers = {header_line(head)[:-1] for head in self._heads[key]}
         *lines, rest = data.split(b"\n")
-        found = Counter(line for line in lines if line and line not in headers)
+        found = Counter(line for line in lines if line and line not in headers and b"\0" not in line)
         if any(times > written[line] for line, times in found.items()):
             return False
-        return not rest or any(line.startswith(rest) for line in [*headers, *written])
+        if b"\0" not in data:
+            return not rest or any(line.startswith(rest) for line in [*headers, *written])
+        ours = b"\n".join([b"", *headers, *written, b""])
+        holed = [line + b"\n" for line in lines if b"\0" in line]
+        return all(_remains(line, ours) for line in [*holed, rest])
 
     def _bury(self, record: DeleteRecord) -> None:
         """Remove the file of a deleted session, unless a session has that name again."""
@@ -393,6 +397,14 @@ def read_from(path: Path, offset: int) -> bytes:
             return file.read()
     except FileNotFoundError:
         return b""
+
+
+def _remains(line: bytes, lines: bytes) -> bool:
+    """Whether a line can be one of these after a power cut: what was not flushed may be zeros, or missing.
+
+    No line has a zero byte of its own. What somebody else wrote is found by its other parts.
+    """
+    return all(part in lines for part in (b"\n" + line).split(b"\0"))
 
 
 def _known_length(record: DeleteRecord, data: bytes) -> int:
