@@ -3,7 +3,7 @@
 `make torture` runs each at full size; `make test` runs a sample of each (test_ladder.py).
 """
 
-from crash import clock_jumps, failing_calls, full_disks, kills, large_directory, one_slow_thing
+from crash import clock_jumps, failing_calls, full_disks, kills, large_directory, lost_writes, one_slow_thing
 from crash.tally import Rung
 
 RUNGS = (
@@ -13,4 +13,6 @@ RUNGS = (
     Rung("clocks that jump", clock_jumps.run, full=20, sample=3, times_min=100),
     Rung("one slow thing", one_slow_thing.run, full=one_slow_thing.FILES_FULL, sample=50),
     Rung("recovery of a large directory", large_directory.run, full=100_000, sample=2_000),
+    Rung("unflushed writes lost, torn, reordered", lost_writes.run, full=1000, sample=15),
+    Rung("the same, flushes ignored", lost_writes.run_on_a_lying_disk, full=40, sample=8, must_lose=True),
 )

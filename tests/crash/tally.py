@@ -72,5 +72,7 @@ class Rung:
     """How many times a full run must have happened at the least; 0: as many as asked for."""
     phases_min: tuple[str, ...] = ()
     """Phases that a full run must have hit at least 10 times each."""
+    must_lose: bool = False
+    """A safeguard is switched off: a run that loses nothing shows that the rung cannot fail."""
     unavailable: Callable[[], str] = lambda: ""
     """Why this machine cannot run it; empty if it can."""

@@ -6,25 +6,29 @@ and nothing else may have. Sending it again settles it.
 """
 
 import asyncio
+import copy
 import json
 import random
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from crash.by_hand import BY_HAND
 from crash.disks import PowerDisk, QuickDisk, copy_of, power_cut_copy_of
 from crash.histories import Histories, State, Writer, observe, state_of
-from model import Session
+from model import Model, Session
 from seed_reader import read_session
-from sessionstored.engine import Request
-from sessionstored.engine.jsonl import DEFAULT_TUNING, JsonlEngine, open_jsonl
+from sessionstored.engine import Query, Request
+from sessionstored.engine.jsonl import JsonlEngine, open_jsonl
 from sessionstored.rules import Answer, Append, Delete
 
-BY_HAND = replace(DEFAULT_TUNING, checkpoint_interval_s=3600)
+DAMAGED = ("torn",)
+"""The session that was adopted with a torn last line."""
 KEYS = ("k", "k/fork", "adopted", "torn")
 CUTS_MIN = 21
 ADOPTED = {
@@ -43,6 +47,16 @@ class Cut:
     acknowledged: dict[str, State]
     under_way: Request | None
     last: tuple[Request, Answer] | None
+    model: Model | None = None
+    """What was known before the operation under way, to say what must come of it."""
+
+
+class Loss(AssertionError):
+    """Something is not as it was acknowledged; `column` is how the fault ladder counts it."""
+
+    def __init__(self, column: str, detail: str) -> None:
+        super().__init__(f"{column}: {detail}")
+        self.column = column
 
 
 @dataclass
@@ -65,14 +79,19 @@ class Cutter:
         self.acknowledged: dict[str, State] = {}
         self.under_way: Request | None = None
         self.last: tuple[Request, Answer] | None = None
+        self.model: Model | None = None
         self.counting = False
 
     def _before(self, step: int, kind: str, target: object) -> None:
         if not self.counting or (step + self.seed) % self.every:
             return
         to = self.copies / f"{len(self.cuts)}"
-        copy = power_cut_copy_of(self.data, to, self.disk) if self.power else copy_of(self.data, to)
-        self.cuts.append(Cut(copy, step, kind, dict(self.acknowledged), self.under_way, self.last))
+        if self.power:
+            power_cut_copy_of(self.data, to, self.disk)
+        else:
+            copy_of(self.data, to)
+        model = copy.deepcopy(self.model)
+        self.cuts.append(Cut(to, step, kind, dict(self.acknowledged), self.under_way, self.last, model))
 
     async def run(self, operations: int) -> Writer:
         """Run random operations, with checkpoints in between."""
@@ -95,6 +114,7 @@ class Cutter:
 
     async def _operate(self, engine: JsonlEngine, writer: Writer, key: str) -> None:
         asked = self.under_way = writer.next(key)
+        self.model = writer.model
         before = time.time_ns() // 1000
         (reply,) = await engine.submit([asked])
         writer.learn(asked, reply.outcome, before)
@@ -137,16 +157,26 @@ def contents(state: State) -> object:
     return state and (state[0].last_consolidated, state[0].metadata, state[1])
 
 
+def changed_keys(cut: Cut, found: dict[str, State]) -> list[str]:
+    """The keys that are not as they were acknowledged: none but that of the operation under way may be."""
+    changed = [key for key in found if found[key] != cut.acknowledged[key]]
+    for key in changed:
+        if cut.under_way is None or key != cut.under_way.mutation.key:
+            got, want = (Counter(state[1] if state else ()) for state in (found[key], cut.acknowledged[key]))
+            column = "lost" if want - got else "duplicated" if got - want else "wrong"
+            raise Loss(column, f"{key} is {found[key]}, and was {cut.acknowledged[key]}")
+    return changed
+
+
 async def check(cut: Cut) -> str:
     """Open a copy, and hold it against what was known. Returns what became of the operation under way."""
     engine = await open_jsonl(cut.data, tuning=BY_HAND, disk=QuickDisk(), durability="os")
     try:
         found = {key: await observe(engine, key) for key in cut.acknowledged}
-        changed = [key for key in found if found[key] != cut.acknowledged[key]]
-        if changed:
-            assert cut.under_way is not None, f"{changed} changed, and nothing was under way"
-            assert changed == [cut.under_way.mutation.key], changed
+        changed = changed_keys(cut, found)
         assert await engine.count() == sum(state is not None for state in found.values())
+        for head in (await engine.list(Query())).heads:
+            assert not head.damage or head.key in DAMAGED, f"{head.key}: {head.damage}"
         aside = [path.name for path in (cut.data / "quarantine").iterdir() if path.suffix != ".torn"]
         assert aside == [], "what was taken for somebody else's"
         await settle(engine, cut, found, happened=bool(changed))
@@ -175,8 +205,13 @@ async def settle(engine: JsonlEngine, cut: Cut, found: dict[str, State], happene
         assert happened == (first.replayed and changes), "what happened was not remembered, or the reverse"
     key = cut.under_way.mutation.key
     now = await observe(engine, key)
-    if happened:
-        assert now == found[key], "the second copy was applied, too"
+    if happened and now != found[key]:
+        raise Loss("duplicated", f"{cut.under_way.mutation}: {found[key]}, and sent again {now}")
+    if cut.model is not None:
+        cut.model.check(cut.under_way.mutation, first.outcome, 0, time.time_ns() // 1000)
+        expected = state_of(cut.model, key)
+        if now != expected:
+            raise Loss("torn", f"{cut.under_way.mutation}: {now}, and expected {expected}")
 
 
 async def everything_still_works(engine: JsonlEngine, cut: Cut) -> None:
