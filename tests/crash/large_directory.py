@@ -165,7 +165,7 @@ async def _opened(data: Path, read: list[int]) -> dict[str, object]:
 
     sys.addaudithook(hook)
     begun = time.monotonic()
-    engine = await open_jsonl(data, tuning=Tuning(checkpoint_interval_s=3600))
+    engine = await open_jsonl(data, tuning=Tuning(checkpoint_interval_s=3600, scrub_bytes_per_s_max=0))
     seconds = time.monotonic() - begun
     seen = sorted(opened)
     messages = {}
