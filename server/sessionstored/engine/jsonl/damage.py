@@ -60,11 +60,19 @@ def succeed(adopted: Entry, entry: Entry) -> None:
 
 
 def _mark_shortened(adopted: Entry, entry: Entry) -> None:
-    """A file that lost messages is marked as damaged; one that lost everything is not served."""
+    """A file that lost messages is marked as damaged; one that lost everything is not served.
+
+    So is one that lost anything at all while its time stayed as it was: nobody edited that.
+    """
     before, after = entry.head.message_count, adopted.head.message_count
-    if after >= before or entry.bad_line:
+    if entry.bad_line:
         return
-    detail = f"somebody else shortened the file from {before} to {after} messages"
+    if after < before:
+        detail = f"somebody else shortened the file from {before} to {after} messages"
+    elif adopted.size < entry.size and adopted.mtime_ns == entry.mtime_ns:
+        detail = f"the file lost its last {entry.size - adopted.size} bytes, and was not edited"
+    else:
+        return
     adopted.head = replace(adopted.head, damage=adopted.head.damage or detail)
     if adopted.size == 0:
         adopted.bad_line = -1
