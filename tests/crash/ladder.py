@@ -3,7 +3,16 @@
 `make torture` runs each at full size; `make test` runs a sample of each (test_ladder.py).
 """
 
-from crash import clock_jumps, failing_calls, full_disks, kills, large_directory, lost_writes, one_slow_thing
+from crash import (
+    clock_jumps,
+    every_byte,
+    failing_calls,
+    full_disks,
+    kills,
+    large_directory,
+    lost_writes,
+    one_slow_thing,
+)
 from crash.tally import Rung
 
 RUNGS = (
@@ -15,4 +24,6 @@ RUNGS = (
     Rung("recovery of a large directory", large_directory.run, full=100_000, sample=2_000),
     Rung("unflushed writes lost, torn, reordered", lost_writes.run, full=1000, sample=15),
     Rung("the same, flushes ignored", lost_writes.run_on_a_lying_disk, full=40, sample=8, must_lose=True),
+    Rung("every byte cut and flipped", every_byte.run, full=1 << 20, sample=44, times_min=130_000),
+    Rung("the same, checksums off", every_byte.run_unchecked, full=400, sample=40, must_lose=True),
 )

@@ -139,22 +139,26 @@ def run_on_a_lying_disk(root: Path, seed_: int, times: int) -> Tally:
     return cut_often(root, seed_, times, honest=False)
 
 
-def cut_often(root: Path, seed_: int, times: int, *, honest: bool = True) -> Tally:
+def cut_often(
+    root: Path, seed_: int, times: int, part: int = 0, parts: int = 1, *, honest: bool = True
+) -> Tally:
     """Cut the power so many times, or until something is lost, which is then made as small as it can be.
 
     Args:
         root: an empty directory.
         seed_: of every choice.
-        times: how often.
+        times: how often, in all parts together.
+        part: the number of this part.
+        parts: how many there are.
         honest: whether the disk's flushes make anything durable; if not, every loss is counted.
 
     """
     tally = Tally()
     with in_memory(root) as memory:
 
-        @seed(seed_)
+        @seed(seed_ + part)
         @settings(
-            max_examples=times,
+            max_examples=-(-times // parts),
             deadline=None,
             database=None,
             print_blob=True,

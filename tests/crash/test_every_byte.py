@@ -1,11 +1,21 @@
-"""Single cases that the rung of every byte found."""
+"""That the rung of every byte can fail, and single cases that it found."""
 
 import os
+import random
 from pathlib import Path
 
+from crash import every_byte
 from crash.by_hand import A, B, opened
 from engines import done, lines, read
 from sessionstored.rules import Append, Update
+
+
+def test_without_block_checksums_a_flipped_bit_is_served(tmp_path: Path) -> None:
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    tally = every_byte.run_unchecked(tmp_path, seed, 40)
+    print(tally)
+    assert tally.wrong > 0
 
 
 async def test_a_file_that_lost_its_last_header_is_marked(fast_path: Path) -> None:
