@@ -32,6 +32,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
@@ -64,6 +65,14 @@ class _File:
         self.changes.clear()
         self.mtimes_ns.clear()
         self.mtime_ns = mtime_ns
+
+    def give_up(self, rng: random.Random) -> None:
+        """A flush failed: some of what it should have flushed is durable, the rest never will be."""
+        if self.changes:
+            content, self.mtime_ns = self.survivors(rng, rng.choice(SHARES))
+            self.durable = bytearray(content)
+        self.changes.clear()
+        self.mtimes_ns.clear()
 
     def survivors(self, rng: random.Random, share: float) -> tuple[bytes, int]:
         """(content, mtime) that a power cut leaves."""
@@ -130,6 +139,17 @@ class _Naming:
             names[self.new] = self.inode
 
 
+class Fault(Enum):
+    """How a step fails."""
+
+    NONE = "none"
+    ERROR = "EIO"
+    """With the first half of a write done. A failed flush leaves the page cache clean, as Linux does."""
+    FULL = "half, then ENOSPC"
+    SHORT = "half"
+    """A write takes a half, and says so. (Of SQLite's, this is FULL: its writes are whole, or fail.)"""
+
+
 class PowerCut(OSError):
     """The power is gone: nothing is written any more."""
 
@@ -152,6 +172,10 @@ class SimulatedDisk(Disk):
         self.data, self.honest = data, honest
         self.cut_at = 0
         """The step at which the power goes; 0: never."""
+        self.fault: Callable[[str], Fault] = lambda _: Fault.NONE
+        """Asked before each step."""
+        self.rng = random.Random(0)
+        """What a failed flush leaves."""
         self.dead = False
         self.steps = 0
         self.kinds: Counter[str] = Counter()
@@ -172,14 +196,28 @@ class SimulatedDisk(Disk):
 
     # What happens.
 
-    def do(self, kind: str, work: Callable[[], T]) -> T:
-        """Do one step, unless the power is gone, or goes now."""
+    def do(self, kind: str, work: Callable[[], T], half: Callable[[], T] | None = None) -> T:
+        """Do one step, unless it fails, or the power is gone, or goes now.
+
+        Args:
+            kind: what it is.
+            work: does it.
+            half: of a write: does half of it; of a flush: does what its failure does.
+
+        """
         with self._lock:
             if self.dead:
                 raise PowerCut
             self.steps += 1
             self.last_kind = kind
             self.kinds[kind] += 1
+            fault = self.fault(kind)
+            if fault is not Fault.NONE:
+                done = half() if half is not None else None
+                if fault is Fault.SHORT and done is not None:
+                    return done
+                number = errno.EIO if fault is Fault.ERROR else errno.ENOSPC
+                raise OSError(number, f"injected: {kind}")
             now = self.steps == self.cut_at
             if now and "flush" in kind:
                 self.dead = True
@@ -210,6 +248,9 @@ class SimulatedDisk(Disk):
         file = self._files[inode]
         file.changes.append(change)
         file.mtimes_ns.append(mtime_ns)
+
+    def gave_up(self, stat: os.stat_result) -> None:
+        self._files[stat.st_ino].give_up(self.rng)
 
     def flushed(self, stat: os.stat_result) -> None:
         if self.honest:
@@ -258,23 +299,23 @@ class SimulatedDisk(Disk):
             return work(path)
         try:
             return self.do(f"file {kind}", opening)
-        except PowerCut:
+        except OSError:
             for fd in opened:
                 os.close(fd)
             raise
 
     def write(self, fd: int, data: bytes) -> int:
-        def writing() -> int:
+        def writing(data: bytes = data) -> int:
             written = os.write(fd, data)
             stat = os.fstat(fd)
             end = os.lseek(fd, 0, os.SEEK_CUR)
             self.wrote(stat.st_ino, end - written, data[:written], stat.st_mtime_ns)
             return written
 
-        return self.do("file write", writing)
+        return self.do("file write", writing, lambda: writing(data[: max(1, len(data) // 2)]))
 
     def flush(self, fd: int) -> None:
-        self.do("file flush", lambda: self.flushed(os.fstat(fd)))
+        self.do("file flush", lambda: self.flushed(os.fstat(fd)), lambda: self.gave_up(os.fstat(fd)))
 
     def flush_directory(self, path: Path) -> None:
         self.do("directory flush", lambda: self.flushed_names(path))
@@ -339,6 +380,7 @@ class SimulatedDisk(Disk):
             if share == 1 or (share and rng.random() < share):
                 naming.apply(names)
         for folder in (self.data, self.data / "sessions", self.data / "quarantine"):
+            folder.mkdir(exist_ok=True)
             for path in folder.iterdir():
                 if path.is_file() and path.name != "LOCK":
                     path.unlink()
@@ -394,14 +436,14 @@ class _VfsFile(apsw.VFSFile):
         """SQLite flushes the directory of a new log with the log's first flush."""
 
     def xWrite(self, data: bytes, offset: int) -> None:
-        def writing() -> None:
+        def writing(data: bytes = data) -> None:
             super(_VfsFile, self).xWrite(data, offset)
             stat = os.fstat(self._eye)
             self._disk.wrote(
                 stat.st_ino, offset, os.pread(self._eye, len(data), offset), stat.st_mtime_ns
             )
 
-        _step(self._disk, f"{self._kind} write", writing)
+        _step(self._disk, f"{self._kind} write", writing, lambda: writing(data[: len(data) // 2]))
 
     def xSync(self, flags: int) -> None:
         def syncing() -> None:
@@ -410,7 +452,12 @@ class _VfsFile(apsw.VFSFile):
                 self._disk.flushed_names(self._path.parent)
                 self._names_wait = False
 
-        _step(self._disk, f"{self._kind} flush", syncing)
+        _step(
+            self._disk,
+            f"{self._kind} flush",
+            syncing,
+            lambda: self._disk.gave_up(os.fstat(self._eye)),
+        )
 
     def xTruncate(self, size: int) -> None:
         def cutting() -> None:
@@ -421,9 +468,11 @@ class _VfsFile(apsw.VFSFile):
         _step(self._disk, f"{self._kind} truncate", cutting)
 
 
-def _step(disk: SimulatedDisk, kind: str, work: Callable[[], None]) -> None:
+def _step(
+    disk: SimulatedDisk, kind: str, work: Callable[[], None], half: Callable[[], None] | None = None
+) -> None:
     """A step of SQLite, whose errors are its own."""
     try:
-        disk.do(kind, work)
-    except PowerCut as error:
-        raise apsw.IOError(str(error)) from error
+        disk.do(kind, work, half)
+    except OSError as error:
+        raise (apsw.FullError if error.errno == errno.ENOSPC else apsw.IOError)(str(error)) from error

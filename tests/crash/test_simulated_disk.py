@@ -5,9 +5,10 @@ import random
 from pathlib import Path
 
 import pytest
-from crash.by_hand import BY_HAND, A, B, opened, says
-from crash.simulated import SECTOR_BYTES, SimulatedDisk
+from crash.by_hand import BY_HAND, A, B, opened, quiet, says
+from crash.simulated import SECTOR_BYTES, Fault, SimulatedDisk
 from engines import done, lines
+from sessionstored.engine import Refused, StartError
 from sessionstored.engine.jsonl import open_jsonl
 from sessionstored.rules import Append
 
@@ -88,3 +89,28 @@ async def test_the_name_of_an_adopted_file_is_durable_before_it_is_counted_on(
         disk.cut(random.Random(1), 0)
     async with opened(data) as engine:
         await says(engine, "k", A)
+
+
+async def test_a_start_that_fails_behind_a_torn_commit_loses_nothing(fast_path: Path) -> None:
+    """Nothing is written into a log that ends in the remains of a commit: torn, it would look like a loss."""
+    data = fast_path / "data"
+    disk = SimulatedDisk(data)
+    failing = [0]
+
+    def fail(kind: str) -> Fault:
+        failing[0] -= kind == "log write"
+        return Fault.ERROR if failing[0] == -1 else Fault.NONE
+
+    with disk.vfs() as vfs:
+        engine = await open_jsonl(data, tuning=BY_HAND, disk=disk, vfs=vfs)
+        await done(engine, Append("k", [A]))
+        await quiet(engine)
+        disk.fault, failing[0] = fail, 7  # of a commit of many pages
+        with pytest.raises(Refused):
+            await done(engine, Append("k", [b'{"x": "%s"}' % (b"x" * 30_000)]))
+        await engine.close()
+        failing[0] = 0  # half a frame's header at the next start
+        with pytest.raises(StartError):
+            await open_jsonl(data, tuning=BY_HAND, disk=disk, vfs=vfs)
+    async with opened(data) as engine:
+        assert await lines(engine, "k") == [A]

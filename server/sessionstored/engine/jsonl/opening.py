@@ -135,9 +135,9 @@ def _recovered(
             _set_log_aside(vault, log_ends_wrong, accept_loss)
         # What was lost, if anything was, had revisions: none of them is given out again.
         vault.revision = 0 if store.clean and not rebuilt else store.revision_ceiling
+        _empty_log(directory, journal)  # or a write could be torn among what is left of an older one
         journal.put_meta(store_id=store.store_id, **({"revision": vault.revision} if rebuilt else {}))
-        if not journal.wal_checkpoint():
-            raise StartError(f"another process reads {directory.journal}: end it, then start again")
+        _empty_log(directory, journal)
         vault.write_store(replace(store, clean=False, durability=durability))
         Recovery(vault, accept_loss).run()
         vault.write_store(with_ceiling(vault.store, vault.revision))
@@ -145,6 +145,12 @@ def _recovered(
         vault.close()
         raise
     return vault
+
+
+def _empty_log(directory: Directory, journal: Journal) -> None:
+    """Move the write-ahead log into the database, durably."""
+    if not journal.wal_checkpoint():
+        raise StartError(f"another process reads {directory.journal}: end it, then start again")
 
 
 def _set_log_aside(vault: Vault, what: str, accept_loss: bool) -> None:
