@@ -1,18 +1,11 @@
-"""Storage that fails at one chosen step: of session files by a Disk, of the journal by an SQLite VFS.
+"""A journal that fails at one chosen step, by an SQLite VFS."""
 
-Both count their steps with one counter, so "the n-th write or flush" goes through a run of the whole engine.
-"""
-
-import errno
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import apsw
-from crash.disks import PowerDisk
 
 
 @dataclass
@@ -37,21 +30,10 @@ class Plan:
             self.steps.append(what)
             return self.at == len(self.steps) or (not self.once and 0 < self.at < len(self.steps))
 
-    def check(self, what: str) -> None:
-        if self.step(what):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-
     @property
     def failed(self) -> str:
         """What failed first."""
         return self.steps[self.at - 1] if 0 < self.at <= len(self.steps) else ""
-
-
-class FailingDisk(PowerDisk):
-    """The disk of the session files."""
-
-    def __init__(self, sessions: Path, plan: Plan) -> None:
-        super().__init__(sessions, lambda _, kind, __: plan.check(f"file {kind}"))
 
 
 class _File(apsw.VFSFile):

@@ -6,6 +6,7 @@
 from crash import (
     clock_jumps,
     every_byte,
+    every_failure,
     failing_calls,
     full_disks,
     kills,
@@ -24,6 +25,7 @@ RUNGS = (
     Rung("recovery of a large directory", large_directory.run, full=100_000, sample=2_000),
     Rung("unflushed writes lost, torn, reordered", lost_writes.run, full=1000, sample=15),
     Rung("the same, flushes ignored", lost_writes.run_on_a_lying_disk, full=40, sample=8, must_lose=True),
+    Rung("every n-th step fails", every_failure.run, full=1 << 20, sample=40, times_min=1200),
     Rung("every byte cut and flipped", every_byte.run, full=1 << 20, sample=44, times_min=130_000),
     Rung("the same, checksums off", every_byte.run_unchecked, full=400, sample=40, must_lose=True),
 )

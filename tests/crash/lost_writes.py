@@ -14,19 +14,19 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-import apsw
-from crash.by_hand import BY_HAND, quiet, round_of
+from crash.by_hand import BY_HAND, quiet
 from crash.histories import Histories, Writer, state_of
 from crash.memory import in_memory
 from crash.parallel import shared_out
 from crash.simulated import SimulatedDisk
+from crash.simulated_journal import vfs_on
 from crash.tally import Tally
 from crash.test_every_step import ADOPTED, KEYS, Cut, Loss, check, learn_adopted
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from sessionstored.engine import Refused, StartError
 from sessionstored.engine.jsonl import JsonlEngine, open_jsonl
-from sessionstored.rules import Append, Create, Replace
+from sessionstored.rules import Append, Create, Refusal, Replace
 
 OPERATIONS_MAX = 60
 STEPS_MAX = 250
@@ -36,9 +36,8 @@ RECOVERY_STEPS_MAX = 60
 class History:
     """One directory, from its first opening to the power cut."""
 
-    def __init__(self, data: Path, rng: random.Random, honest: bool) -> None:
+    def __init__(self, data: Path, rng: random.Random, honest: bool = True, adopts: bool = False) -> None:
         self.rng = rng
-        adopts = rng.random() < 0.3
         if adopts:
             (data / "sessions").mkdir(parents=True)
             for name, content in ADOPTED.items():
@@ -47,9 +46,11 @@ class History:
         self.known = Cut(data, 0, "", {key: None for key in KEYS}, None, None)
         self.messages = 0
         self.adopts = adopts
+        self.failure = ""
+        """What stopped the engine."""
 
-    async def run(self, vfs: str, cut_at: int) -> None:
-        """Go on until the power goes, or long enough."""
+    async def run(self, vfs: str, cut_at: int = 0, operations: int = OPERATIONS_MAX) -> None:
+        """Go on until the power goes, or storage fails, or long enough."""
         if not self.adopts:  # what somebody wrote just now is nobody's promise before the first opening ends
             self.disk.cut_at = cut_at
         engine = await self.opened(vfs)
@@ -57,24 +58,38 @@ class History:
         writer.rng = self.rng
         await learn_adopted(engine, writer)
         self.known.acknowledged = {key: writer.histories.of(key)[-1] for key in KEYS}
-        self.disk.cut_at = self.disk.cut_at or self.disk.steps + cut_at
-        for _ in range(OPERATIONS_MAX):
+        self.disk.cut_at = self.disk.cut_at or (cut_at and self.disk.steps + cut_at)
+        for _ in range(operations):
             what = self.rng.random()
             try:
                 if what < 0.75:
                     await self._operate(engine, writer)
                 elif what < 0.92:
-                    with suppress(apsw.Error, OSError, Refused):
-                        await round_of(engine)
+                    await self.maintained(engine)
                 else:
                     await engine.close()
-                    writer.engine = engine = await self.opened(vfs)
+                    if not self._over(engine):
+                        writer.engine = engine = await self.opened(vfs)
             finally:
-                if self.disk.dead:
-                    await engine.close()
-            if self.disk.dead:
+                if self._over(engine):
+                    await self.stopped(engine)
+            if self._over(engine):
                 return
         await engine.close()
+        self._over(engine)
+
+    async def maintained(self, engine: JsonlEngine) -> None:
+        """One round of maintenance, as its thread does it."""
+        await asyncio.get_running_loop().run_in_executor(None, engine._maintenance.guarded_round)
+
+    async def stopped(self, engine: JsonlEngine) -> None:
+        """Let go of an engine that can go on no more."""
+        await engine.close()
+
+    def _over(self, engine: JsonlEngine) -> bool:
+        """Whether it can go on no more."""
+        self.failure = engine._committer.failure
+        return self.disk.dead or bool(self.failure)
 
     async def opened(self, vfs: str) -> JsonlEngine:
         return await open_jsonl(self.known.data, tuning=BY_HAND, disk=self.disk, vfs=vfs)
@@ -87,10 +102,13 @@ class History:
         try:
             (reply,) = await engine.submit([asked])
         except Refused as refused:
-            if refused.refusal.reason == "SHUTTING_DOWN":  # certainly not applied
+            if refused.refusal.reason in ("SHUTTING_DOWN", "STORAGE_FULL"):  # certainly not applied
                 known.under_way = None
             elif refused.refusal.reason != "OUTCOME_UNKNOWN":
                 raise
+            return
+        if isinstance(reply.outcome, Refusal) and reply.outcome.reason == "STORAGE_FULL":
+            known.under_way = None
             return
         writer.learn(asked, reply.outcome, before)
         known.acknowledged[key] = state_of(writer.model, key)
@@ -105,9 +123,9 @@ async def cut_once(
     root: Path, rng: random.Random, cut_at: int, again_at: int, honest: bool, tally: Tally
 ) -> None:
     """One history, its power cut, perhaps another in the recovery from it, and what is left."""
-    history = History(root / "data", rng, honest)
+    history = History(root / "data", rng, honest, adopts=rng.random() < 0.3)
     disk, known = history.disk, history.known
-    with disk.vfs() as vfs:
+    with vfs_on(disk) as vfs:
         with suppress(StartError):  # the power went while it was opened, for the first time or again
             await history.run(vfs, cut_at)
         assert disk.dead or disk.steps < disk.cut_at, "it ended by itself"

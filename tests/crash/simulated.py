@@ -19,8 +19,8 @@ is at least as harsh as ext4 and xfs:
 
 Sectors are whole or not there, and a flush that returns tells the truth, unless the disk is asked to lie.
 Inodes are kept alive by links in an attic beside the directory, so that a file that comes back is the one
-that the catalogue knows. The journal is watched above its page checksums, and what reached the file is read
-back from there. It knows files and names; nothing of sessions.
+that the catalogue knows. `simulated_journal` brings the journal's changes here. It knows files and names;
+nothing of sessions.
 """
 
 import errno
@@ -30,14 +30,11 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
-import apsw
-from sessionstored.engine.jsonl import pages
 from sessionstored.engine.jsonl.disk import Disk
 
 SECTOR_BYTES = 512
@@ -54,6 +51,14 @@ class _File:
     changes: list[tuple[int, bytes] | int] = field(default_factory=list)
     """(offset, bytes) of a write, or the length that it was cut to."""
     mtimes_ns: list[int] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """The size that the engine sees."""
+        size = len(self.durable)
+        for change in self.changes:
+            size = change if isinstance(change, int) else max(size, change[0] + len(change[1]))
+        return size
 
     def settle(self, mtime_ns: int) -> None:
         """Everything so far is durable."""
@@ -158,7 +163,7 @@ class PowerCut(OSError):
 
 
 class SimulatedDisk(Disk):
-    """The disk of one data directory, and through `vfs` of its journal."""
+    """The disk of one data directory."""
 
     def __init__(self, data: Path, *, unflushed: tuple[str, ...] = (), honest: bool = True) -> None:
         """Watch a directory.
@@ -185,7 +190,6 @@ class SimulatedDisk(Disk):
         self._files: dict[int, _File] = {}
         self._names: dict[Path, int] = {}
         self._namings: list[_Naming] = []
-        self._eyes: list[int] = []
         shutil.rmtree(self._attic, ignore_errors=True)
         self._attic.mkdir(parents=True)
         for folder in (data, data / "sessions", data / "quarantine"):
@@ -228,6 +232,9 @@ class SimulatedDisk(Disk):
                 raise PowerCut
             return result
 
+    def knows(self, stat: os.stat_result) -> bool:
+        return stat.st_ino in self._files
+
     def know(self, path: Path, durable: bool = False) -> None:
         """Learn of a file that is there."""
         stat = path.stat()
@@ -241,16 +248,27 @@ class SimulatedDisk(Disk):
             self._files[stat.st_ino].settle(stat.st_mtime_ns)
             self._namings.pop().apply(self._names)
 
-    def wrote(self, inode: int, offset: int, data: bytes, mtime_ns: int) -> None:
-        self._change(inode, (offset, data), mtime_ns)
+    def cut_unseen(self, fd: int) -> None:
+        """Learn that a file was cut, and that flushed, before SQLite opened it."""
+        stat = os.fstat(fd)
+        if stat.st_size < self._files[stat.st_ino].size:
+            self.changed(stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            self.flushed(stat)
 
-    def _change(self, inode: int, change: tuple[int, bytes] | int, mtime_ns: int) -> None:
+    def wrote(self, inode: int, offset: int, data: bytes, mtime_ns: int) -> None:
+        self.changed(inode, (offset, data), mtime_ns)
+
+    def changed(self, inode: int, change: tuple[int, bytes] | int, mtime_ns: int) -> None:
         file = self._files[inode]
         file.changes.append(change)
         file.mtimes_ns.append(mtime_ns)
 
     def gave_up(self, stat: os.stat_result) -> None:
         self._files[stat.st_ino].give_up(self.rng)
+
+    def named(self, gone: Path | None = None, new: Path | None = None, inode: int = 0) -> None:
+        """Learn of a change of names."""
+        self._namings.append(_Naming(gone, new, inode))
 
     def flushed(self, stat: os.stat_result) -> None:
         if self.honest:
@@ -292,7 +310,7 @@ class SimulatedDisk(Disk):
                 self.know(path)
             elif kind == "create" and was:
                 stat = os.fstat(opened[0])
-                self._change(stat.st_ino, 0, stat.st_mtime_ns)
+                self.changed(stat.st_ino, 0, stat.st_mtime_ns)
             return opened[0]
 
         if kind == "open" and path.exists():  # nothing changes
@@ -324,7 +342,7 @@ class SimulatedDisk(Disk):
         def cutting() -> None:
             os.ftruncate(fd, length)
             stat = os.fstat(fd)
-            self._change(stat.st_ino, length, stat.st_mtime_ns)
+            self.changed(stat.st_ino, length, stat.st_mtime_ns)
 
         self.do("file truncate", cutting)
 
@@ -332,37 +350,16 @@ class SimulatedDisk(Disk):
         def renaming() -> None:
             inode = old.stat().st_ino
             os.rename(old, new)
-            self._namings.append(_Naming(old, new, inode))
+            self.named(old, new, inode)
 
         self.do("file rename", renaming)
 
     def unlink(self, path: Path) -> None:
         def unlinking() -> None:
             os.unlink(path)
-            self._namings.append(_Naming(path))
+            self.named(path)
 
         self.do("file unlink", unlinking)
-
-    # The journal.
-
-    @contextmanager
-    def vfs(self) -> Iterator[str]:
-        """The name of a VFS for the journal."""
-        pages.register()
-        name = f"simulated{id(self)}"
-        vfs = _Vfs(name, self)
-        try:
-            yield name
-        finally:
-            vfs.unregister()
-            for fd in self._eyes:
-                os.close(fd)
-            self._eyes.clear()
-
-    def eye(self, path: Path) -> int:
-        """A descriptor to look at a file of SQLite's; to close one earlier would drop SQLite's locks."""
-        self._eyes.append(os.open(path, os.O_RDONLY))
-        return self._eyes[-1]
 
     # The power cut.
 
@@ -398,81 +395,3 @@ class SimulatedDisk(Disk):
             (self._attic / str(inode)).unlink()
         self._files, self._names, self._namings = files, names, []
         self.dead, self.cut_at, self.steps = False, 0, 0
-
-
-class _Vfs(apsw.VFS):
-    def __init__(self, name: str, disk: SimulatedDisk) -> None:
-        self._disk = disk
-        super().__init__(name, pages.CHECKSUM_VFS)
-
-    def xOpen(self, name: object, flags: list[int]) -> apsw.VFSFile:  # type: ignore[override]
-        if name is None:
-            return apsw.VFSFile(pages.CHECKSUM_VFS, name, flags)  # type: ignore[arg-type]
-        return _VfsFile(name, flags, self._disk)
-
-    def xDelete(self, name: str, sync: bool) -> None:
-        path, disk = Path(name), self._disk
-
-        def deleting() -> None:
-            super(_Vfs, self).xDelete(name, sync)
-            disk._namings.append(_Naming(path))
-            if sync:
-                disk.flushed_names(path.parent)
-
-        _step(disk, "journal unlink", deleting)
-
-
-class _VfsFile(apsw.VFSFile):
-    def __init__(self, name: object, flags: list[int], disk: SimulatedDisk) -> None:
-        self._path = Path(name.filename() if isinstance(name, apsw.URIFilename) else str(name))
-        self._kind = "log" if self._path.name.endswith("-wal") else "database"
-        self._disk = disk
-        new = not self._path.exists()
-        super().__init__(pages.CHECKSUM_VFS, name, flags)  # type: ignore[arg-type]
-        self._eye = disk.eye(self._path)
-        if new or os.fstat(self._eye).st_ino not in disk._files:
-            disk.know(self._path)
-        self._names_wait = new and not flags[0] & apsw.SQLITE_OPEN_MAIN_DB
-        """SQLite flushes the directory of a new log with the log's first flush."""
-
-    def xWrite(self, data: bytes, offset: int) -> None:
-        def writing(data: bytes = data) -> None:
-            super(_VfsFile, self).xWrite(data, offset)
-            stat = os.fstat(self._eye)
-            self._disk.wrote(
-                stat.st_ino, offset, os.pread(self._eye, len(data), offset), stat.st_mtime_ns
-            )
-
-        _step(self._disk, f"{self._kind} write", writing, lambda: writing(data[: len(data) // 2]))
-
-    def xSync(self, flags: int) -> None:
-        def syncing() -> None:
-            self._disk.flushed(os.fstat(self._eye))
-            if self._names_wait:
-                self._disk.flushed_names(self._path.parent)
-                self._names_wait = False
-
-        _step(
-            self._disk,
-            f"{self._kind} flush",
-            syncing,
-            lambda: self._disk.gave_up(os.fstat(self._eye)),
-        )
-
-    def xTruncate(self, size: int) -> None:
-        def cutting() -> None:
-            super(_VfsFile, self).xTruncate(size)
-            stat = os.fstat(self._eye)
-            self._disk._change(stat.st_ino, size, stat.st_mtime_ns)
-
-        _step(self._disk, f"{self._kind} truncate", cutting)
-
-
-def _step(
-    disk: SimulatedDisk, kind: str, work: Callable[[], None], half: Callable[[], None] | None = None
-) -> None:
-    """A step of SQLite, whose errors are its own."""
-    try:
-        disk.do(kind, work, half)
-    except OSError as error:
-        raise (apsw.FullError if error.errno == errno.ENOSPC else apsw.IOError)(str(error)) from error

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from crash.by_hand import BY_HAND, A, B, opened, quiet, says
 from crash.simulated import SECTOR_BYTES, Fault, SimulatedDisk
+from crash.simulated_journal import vfs_on
 from engines import done, lines
 from sessionstored.engine import Refused, StartError
 from sessionstored.engine.jsonl import open_jsonl
@@ -74,7 +75,7 @@ async def test_the_name_of_an_adopted_file_is_durable_before_it_is_counted_on(
     if not edited:
         file.write_bytes(A + b"\n")
     disk = SimulatedDisk(data, unflushed=("k.jsonl",))
-    with disk.vfs() as vfs:
+    with vfs_on(disk) as vfs:
         engine = await open_jsonl(data, tuning=BY_HAND, disk=disk, vfs=vfs)
         if edited:
             await done(engine, Append("k", [B]))
@@ -101,7 +102,7 @@ async def test_a_start_that_fails_behind_a_torn_commit_loses_nothing(fast_path: 
         failing[0] -= kind == "log write"
         return Fault.ERROR if failing[0] == -1 else Fault.NONE
 
-    with disk.vfs() as vfs:
+    with vfs_on(disk) as vfs:
         engine = await open_jsonl(data, tuning=BY_HAND, disk=disk, vfs=vfs)
         await done(engine, Append("k", [A]))
         await quiet(engine)
