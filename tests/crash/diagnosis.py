@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from crash.operations import READ, REFUSED, UNKNOWN, Operation, State
+from crash.operations import DAMAGED, READ, REFUSED, UNKNOWN, Operation, State
 
 KINDS = ("lost", "stale read", "duplicate", "torn", "reordering", "invented", "wrong")
 
@@ -39,7 +39,7 @@ class Written:
     def can_have(self, key: str, message: str, end_ns: int) -> bool:
         """Whether somebody may have put a message under a key before a moment."""
         call = self.by.get(message)
-        if call is None or call.outcome == REFUSED or call.begin_ns > end_ns:
+        if call is None or call.outcome in (REFUSED, DAMAGED) or call.begin_ns > end_ns:
             return False
         return call.key == key or call.key in self._copied.get(key, ())
 

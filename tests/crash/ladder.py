@@ -17,7 +17,8 @@ from crash import (
 from crash.tally import Rung
 
 RUNGS = (
-    Rung("kill -9 under four writing processes", kills.run, full=200, sample=4),
+    Rung("kill -9 under four processes", kills.run, full=200, sample=4, phases_min=kills.AIMED_AT),
+    Rung("kill -9, durability os", kills.run_at_os, full=20, sample=2),
     Rung("a disk that fills", full_disks.run, full=24, sample=4, unavailable=full_disks.unavailable),
     Rung("EIO of a system call", failing_calls.run, full=40, sample=4, unavailable=failing_calls.unavailable),
     Rung("clocks that jump", clock_jumps.run, full=20, sample=3, times_min=100),

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 ACKNOWLEDGED, UNKNOWN, REFUSED = "acknowledged", "unknown", "refused"
+DAMAGED = "damaged"
+"""Refused, because the session is damaged. The checker takes it as any refusal."""
 READ = "read"
 FOREVER = 1 << 62
 
@@ -57,6 +59,18 @@ class Operation:
     popped: str | None = None
     seen: State | None = None
     """What a read saw; None: that there is no such session."""
+
+    def __str__(self) -> str:
+        asked = {
+            name: getattr(self, name)
+            for name in ("start", "delete_count", "at", "expected_revision", "last_consolidated", "metadata")
+            if getattr(self, name)
+        }
+        return (
+            f"{self.process}'s {self.kind} {self.sequence} {list(self.messages) or ''} {asked or ''} "
+            f"[{self.begin_ns}, {self.end_ns}] {self.outcome}: {self.previous_revision} -> {self.revision}, "
+            f"{self.message_count} messages, first {self.first_index}, popped {self.popped}"
+        )
 
     @property
     def changed(self) -> bool:

@@ -1,195 +1,179 @@
-"""The kill storm: four writing processes, and a daemon that is killed with -9 again and again.
+"""A storm: four processes that read and write, a daemon that somebody ends again and again, and a judge.
 
-`kill_storm(kills, seed, root)` runs it and says what was lost, doubled, torn or out of order. Each kill comes
-only after at least 20 acknowledgements since the one before. The writers' logs lie beside the store's
-directory, not in it.
+The one who ends the daemon is `kills` (kill -9) or `power_cuts`. The processes' records lie beside the
+store's directory, not in it. In the end the checker gets every record and the last state of every session,
+and the session files must say the same to a plain reader once the daemon has stopped.
 """
 
 import json
-import random
 import subprocess
 import sys
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import TracebackType
 
-from crash.storm_writer import KEYS
+import grpc
+from crash.checker import check
+from crash.operations import ACKNOWLEDGED, DAMAGED, READ, UNKNOWN, Operation, State, bounded, operation_of
+from crash.storm_writer import FORKS, KEYS
+from crash.tally import Tally
 from daemons import Daemon, wait_until
 from seed_reader import read_session
 from sessionstore.v1 import session_store_pb2
 
 WRITERS = 4
-ACKNOWLEDGED_PER_KILL = 20
+ACKNOWLEDGED_MIN = 20
+"""So many calls must be acknowledged after one fault before the next one counts."""
 PATIENCE_S = 120.0
-
-Messages = dict[str, list[dict[str, object]]]
-
-
-@dataclass
-class StormReport:
-    """What came of a storm. Everything from `lost` on must be 0."""
-
-    kills: int = 0
-    acknowledged: int = 0
-    unknown: int = 0
-    unknown_but_stored: int = 0
-    lost: int = 0
-    duplicated: int = 0
-    torn: int = 0
-    out_of_order: int = 0
-    misplaced: int = 0
-    """Acknowledged with an index at which something else stands."""
-    invented: int = 0
-    """Stored, and neither acknowledged nor unknown."""
-    details: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        counts = [
-            f"{each.name} {getattr(self, each.name)}" for each in fields(self) if each.name != "details"
-        ]
-        return ", ".join(counts)
-
-    def faults(self) -> int:
-        return self.lost + self.duplicated + self.torn + self.out_of_order + self.misplaced + self.invented
+_COLUMNS = {"lost": "lost", "duplicate": "duplicated", "torn": "torn"}
 
 
-def kill_storm(
-    kills: int, seed: int, root: Path, *, variant: str = "retry", flags: tuple[str, ...] = ()
-) -> StormReport:
-    """Run a storm of so many kills.
+class Storm:
+    """The processes, and what they were answered so far. A context: begins and ends the processes."""
 
-    Args:
-        kills: how often the daemon is killed.
-        seed: of the writers' and the killer's choices.
-        root: an empty directory for the store and, beside it, the logs.
-        variant: "retry" (every call is sent again until it is answered), "leave", or "mixed".
-        flags: more flags of the daemon.
+    def __init__(self, root: Path, daemon: Daemon, seed: int, variant: str = "mixed") -> None:
+        """Prepare a storm.
 
-    """
-    rng = random.Random(seed)
-    logs = [root / f"writer{n}.log" for n in range(WRITERS)]
-    stop = root / "stop"
-    daemon = Daemon(root / "data", store="jsonl", flags=flags)
-    report = StormReport()
-    try:
-        daemon.start()
-        with _writers(daemon.address, logs, stop, seed, variant) as processes:
-            for _ in range(kills):
-                _wait_for_acknowledgements(logs, processes, rng)
-                daemon.kill()
-                daemon.start()
-                report.kills += 1
-            _wait_for_acknowledgements(logs, processes, rng)
-            stop.touch()
-            for process in processes:
-                assert process.wait(PATIENCE_S) == 0, "a writer failed"
-        stored = {key: list(_stored(daemon, key)) for key in KEYS}
-        assert daemon.terminate() == 0, daemon.stderr
-    finally:
-        daemon.close()
-    _judge(report, [_log(path) for path in logs], stored)
-    files = [read_session(path) for path in (root / "data" / "sessions").glob("*.jsonl")]
-    in_files = {session.key: session.messages for session in files if session is not None}
-    if in_files != {key: messages for key, messages in stored.items() if messages}:
-        report.lost += 1
-        report.details.append("after the stop, the session files do not say what the daemon said")
-    return report
+        Args:
+            root: an empty directory for the records.
+            daemon: running.
+            seed: of the processes' choices.
+            variant: "retry" (every call is sent again until it is answered), "leave", or "mixed".
 
+        """
+        self._root, self._daemon, self._seed, self._variant = root, daemon, seed, variant
+        self._logs = [root / f"writer{n}.log" for n in range(WRITERS)]
+        self._errors = [root / f"writer{n}.err" for n in range(WRITERS)]
+        self._stop = root / "stop"
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._read_to = [0] * WRITERS
+        self._acknowledged = 0
+        self._acknowledged_at_fault = 0
+        self._struck_ns: list[int] = []
+        self._deaths_ns: list[int] = []
 
-@contextmanager
-def _writers(
-    address: str, logs: list[Path], stop: Path, seed: int, variant: str
-) -> Iterator[list[subprocess.Popen[bytes]]]:
-    processes = []
-    try:
-        for n, log in enumerate(logs):
+    def __enter__(self) -> "Storm":
+        program = Path(__file__).parent / "storm_writer.py"
+        for n, log in enumerate(self._logs):
             log.touch()
-            how = ("retry", "leave")[n % 2] if variant == "mixed" else variant
-            command = [sys.executable, Path(__file__).parent / "storm_writer.py", address, f"w{n}", log]
-            processes.append(subprocess.Popen([*command, stop, str(seed * 10 + n), how]))
-        yield processes
-    finally:
-        for process in processes:
+            how = ("retry", "leave")[n % 2] if self._variant == "mixed" else self._variant
+            command = [sys.executable, program, self._daemon.address, f"w{n}", log, self._stop]
+            with self._errors[n].open("wb") as errors:
+                started = subprocess.Popen([*command, str(self._seed * 10 + n), how], stderr=errors)
+            self._processes.append(started)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self._processes:
             if process.poll() is None:
                 process.kill()
             process.wait(PATIENCE_S)
+        (self._root / "daemon.log").write_text(self._daemon.stderr)
+
+    def await_acknowledgements(self, count: int = ACKNOWLEDGED_MIN) -> None:
+        """Wait until so many calls were acknowledged since the last fault."""
+
+        def enough() -> bool:
+            self._look_after_writers()
+            return self._count() - self._acknowledged_at_fault >= count
+
+        wait_until(enough, PATIENCE_S, f"{count} acknowledgements")
+
+    def _look_after_writers(self) -> None:
+        for process, errors in zip(self._processes, self._errors, strict=True):
+            if process.poll() not in (None, 0):
+                raise AssertionError(f"a writer failed: {errors.read_text()[-2000:]}")
+
+    def _count(self) -> int:
+        """How many calls were acknowledged so far."""
+        for n, log in enumerate(self._logs):
+            with log.open("rb") as file:
+                file.seek(self._read_to[n])
+                whole = file.read().rpartition(b"\n")[0]
+            self._read_to[n] += len(whole)
+            self._acknowledged += whole.count(b'"outcome": "acknowledged"')
+        return self._acknowledged
+
+    def struck(self) -> None:
+        """The disk fails from now on, until the daemon is dead: that it cannot be read is no loss."""
+        self._struck_ns.append(time.monotonic_ns())
+
+    def died(self) -> None:
+        """The daemon is dead: what it has not applied, it never will. Acknowledgements count anew."""
+        self._deaths_ns.append(time.monotonic_ns())
+        self._acknowledged_at_fault = self._count()
+
+    def finish(self, tally: Tally) -> None:
+        """Stop the processes, then the daemon, and judge."""
+        self._stop.touch()
+        for process in self._processes:
+            process.wait(PATIENCE_S)
+        self._look_after_writers()
+        records = [operation_of(line) for log in self._logs for line in log.read_bytes().splitlines()]
+        records = bounded(records, self._deaths_ns)
+        final = {key: _final(self._daemon, key) for key in (*KEYS, *FORKS)}
+        assert self._daemon.terminate() == 0, self._daemon.stderr
+        damaged = {record.key for record in records if record.outcome == DAMAGED and not self._dying(record)}
+        damaged |= {key for key, state in final.items() if state == DAMAGED}
+        for key in damaged:
+            tally.lose("lost", f"{key} was served as damaged")
+        healthy = {key: state for key, state in final.items() if key not in damaged and state != DAMAGED}
+        begun = time.monotonic()
+        judged = [record for record in records if record.key in healthy and record.source_key not in damaged]
+        for violation in check(judged, healthy):
+            tally.lose(_COLUMNS.get(violation.kind, "wrong"), str(violation), violation.count)
+        _judge_files(self._daemon.data, healthy, damaged, tally)
+        for record in records:
+            if record.kind != READ and record.outcome in (ACKNOWLEDGED, UNKNOWN):
+                count = getattr(tally, record.outcome) + max(1, len(record.messages))
+                setattr(tally, record.outcome, count)
+        reads = sum(record.kind == READ for record in records)
+        took = time.monotonic() - begun
+        tally.notes.append(f"{len(records):,} calls, {reads:,} of them reads, checked in {took:.1f} s")
+
+    def _dying(self, record: Operation) -> bool:
+        """Whether a call was answered while the disk failed under the daemon."""
+        ends = (next(death for death in self._deaths_ns if death > begin) for begin in self._struck_ns)
+        spans = zip(self._struck_ns, ends, strict=True)
+        return any(begin <= record.end_ns <= end for begin, end in spans)
 
 
-def _wait_for_acknowledgements(
-    logs: list[Path], processes: list[subprocess.Popen[bytes]], rng: random.Random
+def _final(daemon: Daemon, key: str) -> tuple[int, State] | str | None:
+    """A session as it is served in the end; DAMAGED if it is not."""
+    request = session_store_pb2.GetSessionRequest(key=key)
+    try:
+        answer = daemon.stub.GetSession(request, timeout=100, wait_for_ready=True)
+    except grpc.RpcError as error:
+        if error.code() not in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.DATA_LOSS):
+            raise
+        return DAMAGED if error.code() == grpc.StatusCode.DATA_LOSS else None
+    assert not answer.truncated
+    if answer.session.damage:
+        return DAMAGED
+    head = answer.session
+    messages = tuple(json.loads(line)["id"] for line in answer.messages.splitlines())
+    note = json.loads(head.metadata).get("note", "")
+    return head.revision, State(messages, head.last_consolidated, note)
+
+
+def _judge_files(
+    data: Path, final: Mapping[str, tuple[int, State] | None], damaged: Collection[str], tally: Tally
 ) -> None:
-    """Wait for enough of them, then a random moment."""
-    before = _acknowledged(logs)
-
-    def enough() -> bool:
-        assert all(process.poll() is None for process in processes), "a writer ended early"
-        return _acknowledged(logs) - before >= ACKNOWLEDGED_PER_KILL
-
-    wait_until(enough, PATIENCE_S, "20 acknowledgements")
-    time.sleep(rng.random() * 0.1)
-
-
-def _acknowledged(logs: list[Path]) -> int:
-    return sum(path.read_bytes().count(b'"acknowledged"') for path in logs)
-
-
-def _log(path: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
-
-
-def _stored(daemon: Daemon, key: str) -> Iterator[dict[str, object]]:
-    """A session's messages, by a stream of blocks."""
-    for block in daemon.stub.ReadMessages(session_store_pb2.ReadMessagesRequest(key=key), timeout=100):
-        yield from map(json.loads, block.messages.splitlines())
-
-
-def _judge(report: StormReport, logs: Iterable[list[dict[str, object]]], stored: Messages) -> None:
-    """Compare what was answered with what is stored."""
-    places: defaultdict[tuple[object, object], list[tuple[str, int]]] = defaultdict(list)
-    for key, messages in stored.items():
-        _judge_batches(report, key, messages)
-        for index, message in enumerate(messages):
-            places[message["w"], message["n"]].append((key, index))
-    known: Counter[str] = Counter()
-    for writer, entries in enumerate(logs):
-        for entry in entries:
-            numbers = range(entry["n"], entry["n"] + entry["count"])  # type: ignore[call-overload,operator]
-            found = [places.pop((f"w{writer}", number), []) for number in numbers]
-            known[str(entry["what"])] += len(found)
-            report.duplicated += sum(len(each) > 1 for each in found)
-            if entry["what"] == "unknown":
-                report.unknown_but_stored += sum(bool(each) for each in found)
-                continue
-            report.lost += sum(not each for each in found)
-            for i, each in enumerate(found):
-                wanted = (entry["key"], entry["first_index"] + i)  # type: ignore[operator]
-                if each and wanted not in each:
-                    report.misplaced += 1
-                    report.details.append(f"{entry}: message {i} is at {each}")
-    report.acknowledged, report.unknown = known["acknowledged"], known["unknown"]
-    report.invented = len(places)
-
-
-def _judge_batches(report: StormReport, key: str, messages: list[dict[str, object]]) -> None:
-    """Batches are whole and in one piece, and each writer's messages are in its order."""
-    last: dict[object, int] = {}
-    position = 0
-    while position < len(messages):
-        first = messages[position]
-        size = int(str(first["of"]))
-        batch = messages[position : position + size]
-        if [(m["w"], m["batch"], m["i"]) for m in batch] != [
-            (first["w"], first["batch"], i) for i in range(size)
-        ]:
-            report.torn += 1
-            report.details.append(f"{key}: a torn batch at {position}: {batch}")
-            size = 1
-        number = int(str(first["n"]))
-        if number < last.get(first["w"], -1):
-            report.out_of_order += 1
-            report.details.append(f"{key}: {first['w']} {number} stands behind {last[first['w']]}")
-        last[first["w"]] = number
-        position += size
+    """After a clean stop, a plain reader finds in the files of whole sessions what the daemon said."""
+    found = {}
+    for path in (data / "sessions").glob("*.jsonl"):
+        session = read_session(path)
+        if session is None and not damaged:
+            tally.lose("wrong", f"a plain reader cannot read {path.name}")
+        elif session is not None:
+            messages = tuple(str(message["id"]) for message in session.messages)
+            note = str(session.metadata.get("note", ""))
+            found[session.key] = State(messages, session.last_consolidated, note)
+    expected = {key: state[1] for key, state in final.items() if state is not None}
+    for key in (found.keys() | expected.keys()) - set(damaged):
+        if found.get(key) != expected.get(key):
+            text = f"{key}: the file says {found.get(key)}, the daemon said {expected.get(key)}"
+            tally.lose("wrong", text)
