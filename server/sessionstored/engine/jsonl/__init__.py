@@ -328,6 +328,9 @@ class JsonlEngine:
                 raise
             except Refused as refused:  # a copy of a call that was answered gets its answer all the same
                 return await self._submit([request], obstacle=refused.refusal)
+            except pages.DAMAGED as error:
+                damaged = _journal_damaged(pages.describe(error))
+                return await self._submit([request], obstacle=damaged)
             except OSError as error:
                 self._committer.fail(f"{type(error).__name__}: {error}")
                 raise Refused(STOPPING) from error
