@@ -1,4 +1,4 @@
-"""What every call passes through: the bound, the drain, and the one place where errors become statuses.
+"""What every call passes through: the bounds, the drain, and the one place where errors become statuses.
 
 A `Refused` that is raised anywhere in a handler becomes its status. Anything else is a defect: the caller
 gets INTERNAL with an incident number and no details, and the log gets the trace under the same number.
@@ -8,7 +8,7 @@ Cancellation passes.
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -16,6 +16,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from sessionstored import status
+from sessionstored.arrivals import Arrivals
 from sessionstored.engine import Refused
 from sessionstored.rules import Refusal
 
@@ -31,6 +32,7 @@ Reader = Callable[[bytes], Message]
 # gRPC cancels the calls that reach a server while it stops; these wait for their number to go down.
 _QUIET_S = 0.05
 _QUIET_S_MAX = 0.5
+_SMALL_BYTES_MAX = 64 * 1024
 
 _log = logging.getLogger(__name__)
 
@@ -38,12 +40,27 @@ _log = logging.getLogger(__name__)
 class Calls(grpc.aio.ServerInterceptor):
     """Guards the handlers of one service, and knows how many of its calls are under way."""
 
-    def __init__(self, service: str, *, bytes_max: int) -> None:
+    def __init__(
+        self,
+        service: str,
+        *,
+        bytes_max: int,
+        large_replies: Collection[str] = (),
+        arrivals: Arrivals | None = None,
+    ) -> None:
         """Guard the service of that full name.
 
-        Requests, and blocks that are being sent, may hold at most `bytes_max` bytes together.
+        Args:
+            service: its full name.
+            bytes_max: requests, and large replies that are being sent, may hold so many bytes together.
+            large_replies: the unary methods whose replies may be large. They change nothing: such a reply
+                may be refused when it is made.
+            arrivals: the bound on requests that are on their way in.
+
         """
         self._prefix = f"/{service}/"
+        self._large_replies = {self._prefix + name for name in large_replies}
+        self._arrivals = arrivals
         self._bytes_max = bytes_max
         self._bytes = 0
         self._count = 0
@@ -91,16 +108,23 @@ class Calls(grpc.aio.ServerInterceptor):
             if handler is None:  # an unknown method; grpc answers UNIMPLEMENTED
                 return handler
             guarded = self._guarded[method] = self._guard(method, handler)
+        if self._arrivals is not None:
+            await self._arrivals.begin()
         return guarded
 
     def _guard(self, method: str, handler: "Handler") -> "Handler":
-        if handler.unary_unary is not None:
+        if handler.unary_unary is not None and method not in self._large_replies:
             return grpc.unary_unary_rpc_method_handler(
                 self._unary(method, cast(Unary, handler.unary_unary), _reader(handler)),
                 response_serializer=handler.response_serializer,
             )
+        behaviour = cast(Stream, handler.unary_stream)
+        if handler.unary_unary is not None:
+            # As a stream of one reply, which is the same on the wire: only of a stream is it known when a
+            # reply has gone out, and how many wait for callers who do not read.
+            behaviour = _one_reply(cast(Unary, handler.unary_unary))
         return grpc.unary_stream_rpc_method_handler(
-            self._stream(method, cast(Stream, handler.unary_stream), _reader(handler)),
+            self._stream(method, behaviour, _reader(handler)),
             response_serializer=handler.response_serializer,
         )
 
@@ -111,9 +135,10 @@ class Calls(grpc.aio.ServerInterceptor):
                     return await behaviour(read(request), context)
             except Exception as error:
                 refusal = _refusal(error, method)
-                if context.done():  # the caller went away, and nobody hears why
-                    raise asyncio.CancelledError from error
-                await _abort(context, refusal)
+            del request  # see _abort
+            if context.done():  # the caller went away, and nobody hears why
+                raise asyncio.CancelledError
+            await _abort(context, refusal)
 
         return guarded
 
@@ -128,15 +153,20 @@ class Calls(grpc.aio.ServerInterceptor):
                         with self._held(reply.ByteSize()):
                             yield reply
                         begun = True
+                return
             except Exception as error:
                 if context.done():  # the caller went away: sending failed, and nobody hears why
                     return
-                await _abort(context, _refusal(error, method))
+                refusal = _refusal(error, method)
+            del request  # see _abort
+            await _abort(context, refusal)
 
         return guarded
 
     @contextmanager
     def _under_way(self, size: int) -> Iterator[None]:
+        if self._arrivals is not None:
+            self._arrivals.arrived()
         self._check_draining()
         with self._held(size):
             self._count += 1
@@ -150,8 +180,12 @@ class Calls(grpc.aio.ServerInterceptor):
 
     @contextmanager
     def _held(self, size: int) -> Iterator[None]:
-        """Bytes of a request being served, or of a block on its way to a reader who may be slow."""
-        if self._bytes and self._bytes + size > self._bytes_max:
+        """Bytes of a request being served, or of a block on its way to a reader who may be slow.
+
+        A quarter of the room is for what is small, so that it finds some beside what is large and slow.
+        """
+        bytes_max = self._bytes_max if size <= _SMALL_BYTES_MAX else self._bytes_max * 3 // 4
+        if self._bytes and self._bytes + size > bytes_max:
             raise Refused(
                 Refusal(
                     "OVERLOADED",
@@ -189,6 +223,13 @@ def _reader(handler: "Handler") -> Reader:
     return read
 
 
+def _one_reply(behaviour: Unary) -> Stream:
+    async def stream(request: Message, context: Context) -> AsyncIterator[Message]:
+        yield await behaviour(request, context)
+
+    return stream
+
+
 def _refusal(error: Exception, method: str) -> Refusal:
     """What the caller is told about an exception."""
     if isinstance(error, Refused):
@@ -203,6 +244,12 @@ def _refusal(error: Exception, method: str) -> Refusal:
 
 
 async def _abort(context: Context, refusal: Refusal) -> NoReturn:
+    """End a call with a refusal.
+
+    What gRPC raises here is part of a cycle, and stays until garbage is collected, which goes by the number
+    of objects and not by their size. So nothing large may hang on it: no request in the frame that calls
+    this, and no exception under way, whose traceback has more such frames.
+    """
     details = status.to_status(refusal)
     await context.abort(
         status.code(refusal),

@@ -21,11 +21,12 @@ from sessionstore.v1 import session_store_pb2_grpc
 
 from sessionstored import address
 from sessionstored.address import Address
+from sessionstored.arrivals import Arrivals
 from sessionstored.calls import Calls
 from sessionstored.config import Config
 from sessionstored.engine import Engine, StartError
 from sessionstored.engine.open import open_engine
-from sessionstored.service import SERVICE, SessionStoreServicer
+from sessionstored.service import LARGE_REPLIES, SERVICE, SessionStoreServicer
 
 EXIT_OK = 0
 EXIT_CANNOT_START = 1
@@ -43,13 +44,16 @@ _DURABILITY = {
 # What still runs after the drain are streams without an end, such as a health watch.
 _STREAMS_GRACE_S = 0.5
 _FAILURE_ARRIVES_S = 0.02
+# How many requests may be on their way in, and how long one may take while others wait.
+_BYTES_PER_ARRIVAL = 8 << 20
+_ARRIVALS_MIN = 4
+_ARRIVAL_S_MAX = 5.0
+_LOOKAHEAD_BYTES = 128 << 10
 
 _log = logging.getLogger(__name__)
 
 
-async def serve(
-    config: Config, ready: Callable[[Sequence[str]], None], *, accept_loss: bool = False
-) -> int:
+async def serve(config: Config, ready: Callable[[Sequence[str]], None], *, accept_loss: bool = False) -> int:
     """Serve until a signal or a storage failure.
 
     Args:
@@ -137,7 +141,17 @@ class _Daemon:
     def __init__(self, config: Config, engine: Engine) -> None:
         self._config = config
         self._engine = engine
-        self._calls = Calls(SERVICE, bytes_max=config.concurrent_bytes_max)
+        arrivals = Arrivals(
+            places=max(_ARRIVALS_MIN, config.concurrent_bytes_max // _BYTES_PER_ARRIVAL),
+            waiting_max=config.concurrent_calls_max,
+            patience_s=_ARRIVAL_S_MAX,
+        )
+        self._calls = Calls(
+            SERVICE,
+            bytes_max=config.concurrent_bytes_max,
+            large_replies=LARGE_REPLIES,
+            arrivals=arrivals,
+        )
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             interceptors=[self._calls],
@@ -224,6 +238,10 @@ def _options(config: Config) -> list[tuple[str, int]]:
         # Idle agents hold connections for days: let them ask whether it still lives, and find out when they
         # are gone.
         ("grpc.keepalive_permit_without_calls", 1),
+        # What arrives of a message before it is read is for Arrivals to bound: without these, gRPC takes in
+        # megabytes of each.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", _LOOKAHEAD_BYTES),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),

@@ -25,6 +25,8 @@ from sessionstored.window import Window
 
 Context = grpc.aio.ServicerContext[Any, Any]
 SERVICE = "sessionstore.v1.SessionStore"
+LARGE_REPLIES = ("GetSession", "GetHistory", "ListSessions")
+"""The unary methods that give messages or heads, up to 1 MiB."""
 # Reading a batch this large as JSON takes longer than handing it to a thread, and other calls shall not wait
 # for it.
 _CHECKED_ASIDE_BYTES_MIN = 64 * 1024

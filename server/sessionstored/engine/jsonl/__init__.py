@@ -216,23 +216,37 @@ class JsonlEngine:
                 await self._warm(request, pinned)
             size = sum(_size(request) for request in requests)
             await self._admit(requests, size)
-            future: asyncio.Future[Sequence[Reply]] = self._loop.create_future()
-            self._queued_requests += len(requests)
-            self._queued_bytes += size
-            self._idle.clear()
-
-            def done(job: Job) -> None:
-                self._loop.call_soon_threadsafe(self._answer, future, job)
-
-            self._committer.put(Job(requests, size, done, fork, obstacle))
             queued = True
-            return await future
+            return await self._queue(requests, size, fork, obstacle)
         finally:
             if fork is not None and not queued:
                 self._committer.run(lambda: self._committer.discard(fork))
             with self._vault.lock:
                 for state in pinned:
                     state.pins -= 1
+
+    def _queue(
+        self,
+        requests: Sequence[Request],
+        size: int,
+        fork: PreparedFork | None,
+        obstacle: Refusal | None,
+    ) -> asyncio.Future[Sequence[Reply]]:
+        """Hand requests to the committer.
+
+        Who awaits this keeps it nowhere: with an exception, whose traceback has the frame that awaits, that
+        is a cycle, and keeps the requests until garbage is collected.
+        """
+        future: asyncio.Future[Sequence[Reply]] = self._loop.create_future()
+        self._queued_requests += len(requests)
+        self._queued_bytes += size
+        self._idle.clear()
+
+        def done(job: Job) -> None:
+            self._loop.call_soon_threadsafe(self._answer, future, job)
+
+        self._committer.put(Job(requests, size, done, fork, obstacle))
+        return future
 
     def _answer(self, future: asyncio.Future[Sequence[Reply]], job: Job) -> None:
         self._queued_requests -= len(job.requests)
