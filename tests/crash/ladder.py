@@ -8,6 +8,7 @@ from crash import (
     every_byte,
     every_failure,
     failing_calls,
+    floods,
     full_disks,
     kills,
     large_directory,
@@ -29,4 +30,5 @@ RUNGS = (
     Rung("every n-th step fails", every_failure.run, full=1 << 20, sample=40, times_min=1200),
     Rung("every byte cut and flipped", every_byte.run, full=1 << 20, sample=44, times_min=130_000),
     Rung("the same, checksums off", every_byte.run_unchecked, full=400, sample=40, must_lose=True),
+    Rung("floods in limited memory", floods.run, full=40, sample=4),
 )

@@ -8,6 +8,7 @@ files and of the journal.
 --fail-sync FILE: from the moment that FILE exists, flushes of the journal's log fail.
 --note-work FILE: a line in FILE for each checkpoint and each session written anew: what, begin and end on
 time.monotonic(), how many sessions. SIGUSR1 then starts a round of both.
+--memory-mib COUNT: so much memory for data, and no more (RLIMIT_DATA).
 
 It changes what the daemon meets, nothing of what it does.
 """
@@ -15,6 +16,7 @@ It changes what the daemon meets, nothing of what it does.
 import argparse
 import errno
 import os
+import resource
 import signal
 import sys
 import time
@@ -141,8 +143,11 @@ def main() -> None:
     parser.add_argument("--count")
     parser.add_argument("--fail-sync", type=Path)
     parser.add_argument("--note-work")
+    parser.add_argument("--memory-mib", type=int)
     options = parser.parse_args(sys.argv[1:split])
     log = _Log(options.count) if options.count else None
+    if options.memory_mib:
+        resource.setrlimit(resource.RLIMIT_DATA, (options.memory_mib << 20, options.memory_mib << 20))
     if options.wall_shift_s:
         _shift_wall_clock(options.wall_shift_s)
     if log is not None:
