@@ -47,8 +47,7 @@ def adopt_again(vault: "Vault", entry: Entry) -> Entry:
             "; ".join(notes),
         )
         vault.files.flush_names()  # perhaps the edit gave the name to another file
-        vault.journal.put_entries([adopted])
-        vault.journal.put_meta(revision=vault.revision)
+        vault.journal.put_entries([adopted], vault.revision)
         return adopted
     raise Refused(data_loss(entry.head.key, entry.file, 0, "somebody else keeps changing the file"))
 

@@ -201,11 +201,19 @@ class Journal:
         ):
             yield row_id, clock_s, body, checksum(row_id, revision, clock_s, body) == crc
 
-    def put_entries(self, entries: Iterable[Entry]) -> None:
-        """Write catalogue rows, in one transaction."""
+    def put_entries(self, entries: Iterable[Entry], revision: int = 0) -> None:
+        """Write catalogue rows, in one transaction.
+
+        Args:
+            entries: the rows.
+            revision: the highest that was given out, if these rows have revisions that no journal row has.
+
+        """
         with self.transaction():
             for entry in entries:
                 self._put(entry)
+            if revision:
+                self._db.execute("INSERT OR REPLACE INTO meta VALUES ('revision', ?)", (revision,))
 
     def _put(self, entry: Entry) -> None:
         head = entry.head

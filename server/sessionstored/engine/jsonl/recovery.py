@@ -383,8 +383,7 @@ class Recovery:
     def _put(self, adopted: dict[str, Entry]) -> None:
         vault = self._vault
         vault.files.flush_names()  # their bytes are flushed: from here on the catalogue counts on both
-        vault.journal.put_entries(adopted.values())
-        vault.journal.put_meta(revision=vault.revision)
+        vault.journal.put_entries(adopted.values(), vault.revision)
         vault.session_count += len(adopted)
         adopted.clear()
 
