@@ -12,7 +12,7 @@ from sessionstored.engine.jsonl.files import FileChanged, SessionFiles
 from sessionstored.engine.jsonl.journal import Entry
 from sessionstored.engine.jsonl.names import key_of_file_name
 from sessionstored.engine.jsonl.state import HEADERS_BYTES_MIN
-from sessionstored.engine.jsonl.text import BOM, adopted_head, scan
+from sessionstored.engine.jsonl.text import BOM, Scan, adopted_head, scan
 
 
 class Unadoptable(Exception):
@@ -49,9 +49,7 @@ def adopt(files: SessionFiles, name: str, revision: int, key: str = "") -> tuple
     elif found.torn:
         aside = files.set_aside(name, found.torn, "torn")
         damage = f"the last line was torn: its {len(found.torn)} bytes were set aside in quarantine/{aside}"
-    own = found.header.get("key") if found.header else None
-    if not isinstance(own, str) or not _usable(own):
-        own = key or _key_of(name)
+    own = claimed_key(found, name, key)
     if key and own != key:
         raise Unadoptable(f"its header says that it belongs to session {own!r}")
     key = own
@@ -109,8 +107,18 @@ def _usable(key: str) -> bool:
     return 0 < size <= 512 and not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in key)
 
 
-def _key_of(name: str) -> str:
-    """The key that a file's name says."""
+def claimed_key(found: Scan, name: str, known: str = "") -> str:
+    """The key that a file's header says, or else the one that it is known to have, or else its name.
+
+    Raises:
+        Unadoptable: neither does.
+
+    """
+    own = found.header.get("key") if found.header else None
+    if isinstance(own, str) and _usable(own):
+        return own
+    if known:
+        return known
     try:
         key = key_of_file_name(name)
     except UnicodeDecodeError as error:

@@ -169,10 +169,7 @@ class SessionFiles:
     def prefix_is_whole(self, fd: int, blocks: Blocks) -> bool:
         """Whether the file's first blocks.length bytes are what they were, and can be read."""
         try:
-            return all(
-                blocks.check(block, os.pread(fd, blocks.extent(block), block * BLOCK_BYTES))
-                for block in range(len(blocks.crcs))
-            )
+            return next(wrong_blocks(fd, blocks), None) is None
         except OSError:
             return False
 
@@ -378,6 +375,13 @@ class SessionFiles:
 def _mismatch(block: int) -> str:
     start = block * BLOCK_BYTES
     return f"bytes {start} to {start + BLOCK_BYTES} do not match their checksum"
+
+
+def wrong_blocks(fd: int, blocks: Blocks) -> Iterator[int]:
+    """The blocks of a file that are not what was written."""
+    for block in range(len(blocks.crcs)):
+        if not blocks.check(block, os.pread(fd, blocks.extent(block), block * BLOCK_BYTES)):
+            yield block
 
 
 def _missing(state: State, head: Head, lines: Sequence[bytes], fd: int) -> tuple[bytes, list[int], int]:

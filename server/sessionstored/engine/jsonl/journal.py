@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import apsw
 
@@ -342,6 +342,21 @@ class Journal:
         """(key, file, generation) of every session."""
         yield from self._db.execute("SELECT key, file, generation FROM session")
 
+    def entries(self) -> Iterator[Entry]:
+        """Every catalogue row, as it is read: nothing may be written meanwhile."""
+        for row in self._db.execute(f"SELECT {_SESSION} FROM session"):
+            yield _entry_of(row)
+
+    def key_of_file(self, file: str) -> str | None:
+        """Whose file this is."""
+        found = self._db.execute("SELECT key FROM session WHERE file = ?", (file,)).fetchone()
+        return None if found is None else str(found[0])
+
+    def integrity(self) -> list[str]:
+        """What SQLite finds wrong in its own structures."""
+        found = [str(row[0]) for row in self._db.execute("PRAGMA integrity_check(20)")]
+        return [] if found == ["ok"] else found
+
     def count(self) -> int:
         """How many sessions the catalogue has."""
         return int(_value(self._db, "SELECT count(*) FROM session"))
@@ -490,8 +505,10 @@ def _file_taken(db: apsw.Connection, file: str) -> bool:
 
 def _entry(db: apsw.Connection, where: str, value: str) -> Entry | None:
     row = db.execute(f"SELECT {_SESSION} FROM session WHERE {where}", (value,)).fetchone()
-    if row is None:
-        return None
+    return None if row is None else _entry_of(row)
+
+
+def _entry_of(row: tuple[Any, ...]) -> Entry:
     (
         key,
         file,

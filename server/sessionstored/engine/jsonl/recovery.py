@@ -9,17 +9,17 @@ unclean stop nothing is believed to be on disk only because it can be read.
 
 import logging
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
 from sessionstored.engine import StartError
 from sessionstored.engine.jsonl.adoption import Unadoptable, Unreadable, adopt
-from sessionstored.engine.jsonl.blocks import begins_with
 from sessionstored.engine.jsonl.damage import condemn, succeed
 from sessionstored.engine.jsonl.files import FileChanged
 from sessionstored.engine.jsonl.journal import Entry
 from sessionstored.engine.jsonl.names import SUFFIX, file_name, is_temporary_name, temporary_name
+from sessionstored.engine.jsonl.ours import Ours, known_length
 from sessionstored.engine.jsonl.records import (
     CallRecord,
     DamagedRow,
@@ -30,9 +30,8 @@ from sessionstored.engine.jsonl.records import (
     read_row,
 )
 from sessionstored.engine.jsonl.state import Draft, File, State, data_loss, state_of_entry
-from sessionstored.engine.jsonl.text import header_line
 from sessionstored.engine.jsonl.vault import Vault
-from sessionstored.rules import Change, Head
+from sessionstored.rules import Change
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +49,9 @@ class Recovery:
         """Key -> the revision that its catalogue row has; 0 if it has none."""
         self._touched: dict[str, State] = {}
         """The sessions that the journal changes beyond their catalogue rows; the others are clean."""
-        self._written: defaultdict[str, Counter[bytes]] = defaultdict(Counter)
-        """Key -> every line that the journal put into its file since its catalogue row, and how often."""
-        self._heads: defaultdict[str, list[Head]] = defaultdict(list)
-        """Key -> every head that the journal gave it: what header lines may say."""
+        self._ours = Ours()
         self._files: set[str] = set()
         """The files that sessions have."""
-        self._tombstones: list[DeleteRecord] = []
         self._orphans: defaultdict[str, list[bytes]] = defaultdict(list)
         """Key -> messages of changes whose session has no beginning."""
         self._rows = 0
@@ -73,7 +68,7 @@ class Recovery:
         vault.session_count = vault.journal.count()
         for state in self._touched.values():
             self._reconcile(state)
-        for record in self._tombstones:
+        for record in self._ours.tombstones:
             self._bury(record)
         self._adopt_unknown()
         vault.journal.put_meta(revision=vault.revision)
@@ -161,10 +156,10 @@ class Recovery:
         state = self._state(head.key)
         vault.revision = max(vault.revision, head.revision)
         if head.revision > self._known[head.key]:
-            self._written[head.key].update(record.lines)
+            self._ours.lines[head.key].update(record.lines)
         if state.head is not None and not record.file:  # what the record leaves as it was
             head = replace(head, metadata=head.metadata or state.head.metadata, damage=state.head.damage)
-        self._heads[head.key].append(head)
+        self._ours.heads[head.key].append(head)
         if head.revision <= max(self._known[head.key], state.head.revision if state.head else 0):
             return
         if record.file:  # it begins anew, whatever the catalogue still says
@@ -215,7 +210,7 @@ class Recovery:
     def _delete(self, record: DeleteRecord) -> None:
         vault = self._vault
         if record.file:
-            self._tombstones.append(record)
+            self._ours.tombstones.append(record)
         vault.revision = max(vault.revision, record.revision)
         # The rows of a session that is gone may go from the front, while others need the later ones.
         self._orphans.pop(record.key, None)
@@ -241,7 +236,7 @@ class Recovery:
                 raise StartError(f"the disk of {vault.directory.path} is full: make room")
             return
         beyond = read_from(files.sessions / file.name, file.blocks.length)
-        if beyond and not self._is_ours(state.key, file.name, beyond):
+        if beyond and not self._ours.wrote(state.key, file.name, beyond):
             aside = files.set_aside(file.name, beyond, "foreign")
             self._mark(state, f"its last {len(beyond)} bytes, not in the journal, are in quarantine/{aside}")
         file.torn_write = True  # whatever is beyond is ours, or in quarantine by now
@@ -258,23 +253,6 @@ class Recovery:
             both = "; ".join(filter(None, (state.head.damage, damage)))
             state.head = replace(state.head, damage=both)
 
-    def _is_ours(self, key: str, name: str, data: bytes) -> bool:
-        """Whether the journal has all that these bytes say, after what a deleted session's file had."""
-        for record in self._tombstones:
-            if record.file == name:
-                data = data[_known_length(record, data) :]
-        written = self._written[key]
-        headers = {header_line(head)[:-1] for head in self._heads[key]}
-        *lines, rest = data.split(b"\n")
-        found = Counter(line for line in lines if line and line not in headers and b"\0" not in line)
-        if any(times > written[line] for line, times in found.items()):
-            return False
-        if b"\0" not in data:
-            return not rest or any(line.startswith(rest) for line in [*headers, *written])
-        ours = b"\n".join([b"", *headers, *written, b""])
-        holed = [line + b"\n" for line in lines if b"\0" in line]
-        return all(_remains(line, ours) for line in [*holed, rest])
-
     def _bury(self, record: DeleteRecord) -> None:
         """Remove the file of a deleted session, unless a session has that name again."""
         files = self._vault.files
@@ -283,9 +261,9 @@ class Recovery:
         if record.aside:
             return files.put_away(record.file, record.revision)
         data = read_from(files.sessions / record.file, 0)
-        known = _known_length(record, data)
+        known = known_length(record, data)
         rest = data[known:]
-        if rest and not self._is_ours(record.key, record.file, rest):
+        if rest and not self._ours.wrote(record.key, record.file, rest):
             if not known:
                 log.warning("sessions/%s was changed after its session was deleted: adopted", record.file)
                 return None
@@ -396,16 +374,3 @@ def read_from(path: Path, offset: int) -> bytes:
             return file.read()
     except FileNotFoundError:
         return b""
-
-
-def _remains(line: bytes, lines: bytes) -> bool:
-    """Whether a line can be one of these after a power cut: what was not flushed may be zeros, or missing.
-
-    No line has a zero byte of its own. What somebody else wrote is found by its other parts.
-    """
-    return all(part in lines for part in (b"\n" + line).split(b"\0"))
-
-
-def _known_length(record: DeleteRecord, data: bytes) -> int:
-    """How much of a file's bytes are those that a tombstone speaks of."""
-    return max((mark[0] for mark in record.marks if begins_with(data, mark)), default=0)

@@ -9,7 +9,8 @@ import fcntl
 import json
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from zlib import crc32
@@ -20,6 +21,10 @@ from sessionstored.engine.jsonl.files import FULL
 
 FORMAT = 1
 REVISIONS_RESERVED = 1_000_000
+
+
+class NewerFormatError(StartError):
+    """STORE says that this version is too old to read the directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +78,9 @@ class Directory:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            owner = os.pread(self._lock, 65536, 0).decode(errors="replace")
+            owned = _owned(path, self._lock)
             os.close(self._lock)
-            raise StartError(
-                f"{path} is owned by another daemon ({_describe(owner)}): use that one, stop it, "
-                "or name another directory with --data"
-            ) from error
+            raise owned from error
         try:
             self.announce([])
         except StartError:
@@ -102,27 +104,8 @@ class Directory:
             raise StartError(f"cannot write {self.path / 'LOCK'}: {error.strerror}") from error
 
     def read_store(self) -> StoreFile | None:
-        """What STORE says; None if there is none.
-
-        Raises:
-            StartError: it is of a newer format, or unreadable.
-
-        """
-        file = self.path / "STORE"
-        try:
-            found = json.loads(file.read_bytes())
-            if found["oldest_reader"] > FORMAT:
-                raise StartError(
-                    f"{file} says format {found['format']}, for readers of format {found['oldest_reader']} "
-                    f"or newer, and this version reads format {FORMAT}: use a newer sessionstored"
-                )
-            if found.pop("crc") != _crc(found):
-                raise ValueError("its checksum is wrong")
-            return StoreFile(**{each.name: found[each.name] for each in fields(StoreFile)})
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StartError(f"{file} cannot be read ({error!r}): restore it from a backup") from error
+        """What STORE says, as `read_store` reads it."""
+        return read_store(self.path)
 
     def write_store(self, store: StoreFile) -> None:
         """Replace STORE, durably."""
@@ -157,6 +140,56 @@ def _make(folder: Path, disk: Disk) -> None:
         disk.flush_directory(each.parent)
 
 
+@contextmanager
+def kept_unowned(path: Path) -> Iterator[None]:
+    """Keep every daemon away from a directory, without changing anything in it.
+
+    Raises:
+        StartError: a daemon owns it, or LOCK cannot be read.
+
+    """
+    try:
+        lock = os.open(path / "LOCK", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:  # no daemon was ever here
+        yield
+        return
+    except OSError as error:
+        raise StartError(f"cannot read {path / 'LOCK'}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise _owned(path, lock) from error
+        yield
+    finally:
+        os.close(lock)
+
+
+def read_store(path: Path) -> StoreFile | None:
+    """What the STORE of a data directory says; None if there is none.
+
+    Raises:
+        NewerFormatError: it is of a newer format.
+        StartError: it is unreadable.
+
+    """
+    file = path / "STORE"
+    try:
+        found = json.loads(file.read_bytes())
+        if found["oldest_reader"] > FORMAT:
+            raise NewerFormatError(
+                f"{file} says format {found['format']}, for readers of format {found['oldest_reader']} "
+                f"or newer, and this version reads format {FORMAT}: use a newer sessionstored"
+            )
+        if found.pop("crc") != _crc(found):
+            raise ValueError("its checksum is wrong")
+        return StoreFile(**{each.name: found[each.name] for each in fields(StoreFile)})
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StartError(f"{file} cannot be read ({error!r}): restore it from a backup") from error
+
+
 def new_store() -> StoreFile:
     """A new store's STORE."""
     return StoreFile(store_id=str(uuid.uuid4()))
@@ -171,10 +204,18 @@ def _crc(members: dict[str, object]) -> int:
     return crc32(json.dumps(members, sort_keys=True).encode())
 
 
+def _owned(path: Path, lock: int) -> StartError:
+    owner = os.pread(lock, 65536, 0).decode(errors="replace")
+    return StartError(
+        f"{path} is owned by another daemon ({_describe(owner)}): use that one, stop it, "
+        "or name another directory with --data"
+    )
+
+
 def _describe(owner: str) -> str:
     try:
         found = json.loads(owner)
         addresses = ", ".join(found["addresses"]) or "not listening yet"
         return f"process {found['pid']}, {addresses}"
     except (ValueError, KeyError, TypeError):
-        return "which is just starting"
+        return "which is just starting, or a check"

@@ -10,12 +10,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from enum import Enum
+from io import BytesIO
 
 from sessionstored.engine.jsonl.blocks import Blocks
 from sessionstored.rules import EMPTY_METADATA, Head, split_members
 
 BOM = b"\xef\xbb\xbf"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_RUN_BYTES = 1 << 20
 
 
 @dataclass(slots=True)
@@ -73,37 +76,74 @@ def message_lines(data: bytes) -> list[bytes]:
     return [line for line in lines if line and not is_header(line)]
 
 
+class Line(Enum):
+    """What a line of a session file is."""
+
+    BLANK = "blank"
+    HEADER = "header"
+    MESSAGE = "message"
+    UNREADABLE = "unreadable"
+
+
+class Scanner:
+    """Reads a whole file, one line after the other, naming what cannot be read.
+
+    It holds no more of the file than a run, and an unreadable line until another one follows it.
+    """
+
+    def __init__(self) -> None:
+        self._scan = Scan()
+        self._run = bytearray()  # not yet in the scan's blocks
+        self._starts: list[int] = []  # of message lines in it
+        self._header_bytes = self._number = 0
+        self._bad: tuple[int, int] | None = None  # number of the first unreadable line, and where in the run
+
+    def take(self, line: bytes) -> Line:
+        """Read the next line, which ends with its line end unless it is the last one."""
+        self._number += 1
+        if len(self._run) >= _RUN_BYTES and self._bad is None:
+            self._flush(len(self._run))
+        begin = len(self._run)
+        self._run += line
+        text = (line.removeprefix(BOM) if self._number == 1 else line).strip()
+        if not text:
+            return Line.BLANK
+        scan = self._scan
+        if self._bad is not None:
+            scan.bad_line = scan.bad_line or self._bad[0]
+            self._bad = None
+        value = parse_line(text)
+        if value is None:
+            if not scan.bad_line:
+                self._bad = self._number, begin
+            return Line.UNREADABLE
+        if value.get("_type") == "metadata":
+            scan.header, scan.header_text = value, text
+            scan.superseded_bytes += self._header_bytes
+            self._header_bytes = len(line)
+            return Line.HEADER
+        self._starts.append(begin)
+        scan.message_count += 1
+        return Line.MESSAGE
+
+    def _flush(self, size: int) -> None:
+        self._scan.blocks.extend(bytes(self._run[:size]), self._starts)
+        del self._run[:size]
+        self._starts.clear()
+
+    def finish(self) -> Scan:
+        """What the lines say; not to be asked twice."""
+        self._flush(len(self._run) if self._bad is None else self._bad[1])
+        self._scan.torn = bytes(self._run)
+        return self._scan
+
+
 def scan(data: bytes) -> Scan:
-    """Read a whole file, naming what cannot be read."""
-    result = Scan()
-    starts: list[int] = []
-    bad: tuple[int, int] | None = None  # number and offset of the first unreadable line
-    position = number = header_bytes = 0
-    while position < len(data):
-        end = data.find(b"\n", position) + 1 or len(data)
-        number += 1
-        line = data[position:end]
-        if position == 0:
-            line = line.removeprefix(BOM)
-        line = line.strip()
-        if line:
-            if bad is not None:
-                result.bad_line = bad[0]
-            value = parse_line(line)
-            if value is None:
-                bad = bad or (number, position)
-            elif value.get("_type") == "metadata":
-                result.header, result.header_text = value, line
-                result.superseded_bytes += header_bytes
-                header_bytes = end - position
-            else:
-                starts.append(position)
-        position = end
-    if bad is not None and not result.bad_line:
-        result.torn, data = data[bad[1] :], data[: bad[1]]
-    result.blocks.extend(data, starts)
-    result.message_count = len(starts)
-    return result
+    """Read a whole file that is in memory."""
+    scanner = Scanner()
+    for line in BytesIO(data):
+        scanner.take(line)
+    return scanner.finish()
 
 
 def adopted_head(
