@@ -5,7 +5,7 @@ The command is installed without the extra `server`, too; then it says what to i
 
 import sys
 
-_EXTRA = frozenset({"apsw", "click", "grpc_health", "grpc_reflection", "platformdirs"})
+_EXTRA = frozenset({"apsw", "click", "grpc_health", "grpc_reflection", "platformdirs", "rich"})
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""The command `sessionstored`: serve, health, config.
+"""The command `sessionstored`: serve, health, config; and what needs no daemon, which is in `offline`.
 
 stdout carries only what was asked for; everything else goes to stderr. Exit codes: 0 done, 1 could not start
-(or not healthy), 2 wrong usage or configuration, 3 storage failed.
+(or not healthy), 2 wrong usage or configuration, 3 storage failed, 4 damage found.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
-from sessionstored import address, config
+from sessionstored import address, config, offline
 from sessionstored.config import SETTINGS, ConfigError, Loaded, Setting, Value
 
 # A thread that waits for the interpreter gets it after at most this long while another one computes.
@@ -177,3 +177,6 @@ def _default_target() -> str:
 def show_config(file: Path | None, **flags: Value | None) -> None:
     """Print the configuration in force as TOML, each setting with where it comes from."""
     click.echo(config.to_toml(_load(file, flags)), nl=False)
+
+
+main.add_command(offline.check)
