@@ -180,3 +180,4 @@ def show_config(file: Path | None, **flags: Value | None) -> None:
 
 
 main.add_command(offline.check)
+main.add_command(offline.repair)

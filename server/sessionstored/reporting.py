@@ -18,6 +18,7 @@ from rich.text import Text
 
 from sessionstored.engine.jsonl.checking import Check
 from sessionstored.engine.jsonl.findings import Finding, Remedy, Summary, Verdict
+from sessionstored.engine.jsonl.repairing import Done
 
 _PORTION = 500
 # Of what is no terminal: tables are not folded for a screen that is not there.
@@ -80,6 +81,59 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Table
     for row in rows:
         made.add_row(*(cell if isinstance(cell, Text) else Text(_printable(cell)) for cell in row))
     return made
+
+
+def write_plan(findings: Sequence[Finding], keep_suspect: bool) -> None:
+    """What a repair would do."""
+    out = console()
+    if not findings:
+        out.print(Text("nothing needs a repair"))
+        return
+    rows = (
+        (verdict_text(each), place(each), each.key, each.detail, _planned(each, keep_suspect))
+        for each in findings
+    )
+    out.print(table(("verdict", "file", "session", "what", "plan"), rows))
+
+
+def _planned(finding: Finding, keep_suspect: bool) -> str:
+    """What a repair would do about one finding."""
+    match finding.remedy:
+        case Remedy.MEND:
+            kept = finding.kept + (finding.suspect if keep_suspect else 0)
+            left = ", ".join(
+                f"{count:,} {what}"
+                for count, what in (
+                    (0 if keep_suspect else finding.suspect, "suspect messages"),
+                    (finding.lost, "unreadable lines"),
+                )
+                if count
+            )
+            return f"keep {kept:,} messages; leave out {left or 'nothing'}; the whole file goes to quarantine"
+        case Remedy.TAKE:
+            return f"take the file as it is: {finding.kept:,} messages that can be read"
+        case Remedy.REMOVE:
+            return "remove the session: its file is gone"
+        case Remedy.OPEN:
+            return "open the store: it sets aside what is not known, and marks the session"
+        case Remedy.CLEAR:
+            return "remove the mark; what was set aside stays in quarantine"
+        case _:
+            return str(finding.remedy.value)
+
+
+def write_done(done: Sequence[Done]) -> None:
+    """What a repair did."""
+    rows = (
+        (
+            Text("done" if each.mended else "left", "green" if each.mended else "bold red"),
+            each.file,
+            each.key,
+            each.what,
+        )
+        for each in done
+    )
+    console().print(table(("", "file", "session", "what was done"), rows))
 
 
 def place(finding: Finding) -> str:

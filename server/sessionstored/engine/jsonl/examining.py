@@ -9,7 +9,7 @@ Knows bytes, blocks and lines; nothing of journals, decisions or quarantine.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
 from typing import BinaryIO
@@ -17,6 +17,8 @@ from typing import BinaryIO
 from sessionstored.engine.jsonl.blocks import BLOCK_BYTES, Blocks
 from sessionstored.engine.jsonl.files import wrong_blocks
 from sessionstored.engine.jsonl.text import BOM, Line, Scan, Scanner
+
+_LINES_NAMED = 10
 
 
 class Unreadable(Exception):
@@ -39,6 +41,8 @@ class Examined:
     """Messages that can be read, in blocks whose checksum is wrong."""
     lost: int = 0
     """Lines that cannot be read."""
+    lost_lines: list[int] = field(default_factory=list)
+    """The numbers of the first of these."""
     kept_before: int = 0
     """How many messages are kept before the first one that is not."""
 
@@ -97,11 +101,13 @@ def examine(
         scanner = Scanner()
         result = Examined(Scan(), stat.st_size, stat.st_ino, stat.st_mtime_ns, wrong)
         position = 0
-        for line in _lines(file, stat.st_size if length is None else length):
+        for number, line in enumerate(_lines(file, stat.st_size if length is None else length), 1):
             suspect = bool(wrong) and _overlaps(wrong, position, position + len(line))
             kind = scanner.take(line)
             if kind is Line.UNREADABLE:
                 result.lost += 1
+                if len(result.lost_lines) < _LINES_NAMED:
+                    result.lost_lines.append(number)
             elif kind is Line.MESSAGE and suspect and not keep_suspect:
                 result.suspect += 1
             elif kind is Line.MESSAGE:

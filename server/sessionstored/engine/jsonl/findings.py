@@ -33,6 +33,9 @@ class Remedy(Enum):
     RESTORE = "repair does not touch this: restore a backup, or start with --accept-loss"
 
 
+REPAIRABLE = (Remedy.OPEN, Remedy.MEND, Remedy.TAKE, Remedy.REMOVE, Remedy.CLEAR)
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One session, one file that nobody knows, or one part of the store."""
