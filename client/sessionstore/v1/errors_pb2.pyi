@@ -105,7 +105,7 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """
     ERROR_REASON_DATA_LOSS: _ErrorReason.ValueType  # 60
     """ERROR_REASON_DATA_LOSS: the session is damaged on disk, and is not served rather than served wrong. DATA_LOSS.
-    Metadata: key, file, line (0 if unknown), detail. The operator repairs it; the SDK cannot.
+    Metadata: key, file, line (0 if unknown), detail. The operator repairs it (`sessionstored repair`); the SDK cannot.
     """
     ERROR_REASON_STORAGE_FULL: _ErrorReason.ValueType  # 61
     """ERROR_REASON_STORAGE_FULL: the daemon's disk is full; nothing was stored. RESOURCE_EXHAUSTED. Metadata: free_bytes, reserve_bytes."""
@@ -207,7 +207,7 @@ Metadata: key, request_id.
 """
 ERROR_REASON_DATA_LOSS: ErrorReason.ValueType  # 60
 """ERROR_REASON_DATA_LOSS: the session is damaged on disk, and is not served rather than served wrong. DATA_LOSS.
-Metadata: key, file, line (0 if unknown), detail. The operator repairs it; the SDK cannot.
+Metadata: key, file, line (0 if unknown), detail. The operator repairs it (`sessionstored repair`); the SDK cannot.
 """
 ERROR_REASON_STORAGE_FULL: ErrorReason.ValueType  # 61
 """ERROR_REASON_STORAGE_FULL: the daemon's disk is full; nothing was stored. RESOURCE_EXHAUSTED. Metadata: free_bytes, reserve_bytes."""

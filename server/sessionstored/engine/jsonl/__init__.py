@@ -511,7 +511,7 @@ def _size(request: Request) -> int:
 def _journal_damaged(what: str) -> Refusal:
     """The refusal for a read that met a damaged page of the journal, whosever it was."""
     metadata = {"key": "", "file": "journal.db", "line": "0", "detail": what}
-    return Refusal("DATA_LOSS", f"journal.db is damaged: {what}; restore a backup", metadata)
+    return Refusal("DATA_LOSS", f"journal.db is damaged: {what}; `sessionstored check` tells more", metadata)
 
 
 def _overloaded(what: str, limit: int) -> Refusal:

@@ -195,7 +195,8 @@ def data_loss(key: str, file: str, line: int, detail: str) -> Refusal:
     where = f"sessions/{file}" + (f" line {line}" if line else "")
     return Refusal(
         "DATA_LOSS",
-        f"session {key!r} is damaged: {where}: {detail}; nothing of it was changed",
+        f"session {key!r} is damaged: {where}: {detail}; nothing of it was changed; "
+        "its operator stops the daemon: `sessionstored check` tells more, `sessionstored repair` mends it",
         {"key": key, "file": f"sessions/{file}", "line": str(line), "detail": detail},
     )
 
