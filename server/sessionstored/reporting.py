@@ -111,7 +111,8 @@ def _planned(finding: Finding, keep_suspect: bool) -> str:
             )
             return f"keep {kept:,} messages; leave out {left or 'nothing'}; the whole file goes to quarantine"
         case Remedy.TAKE:
-            return f"take the file as it is: {finding.kept:,} messages that can be read"
+            taken = f"take the file as it is: {finding.kept:,} messages that can be read"
+            return f"{taken}; the whole file goes to quarantine, too" if finding.lost else taken
         case Remedy.REMOVE:
             return "remove the session: its file is gone"
         case Remedy.OPEN:

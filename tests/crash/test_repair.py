@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from crash.by_hand import A, B, C, crashed, opened, refusal, revision, round_of, says
 from crash.directories import check, everything, rot, verdicts
-from crash.disks import PowerDisk, copy_of, power_cut_copy_of
+from crash.disks import FullDisk, PowerDisk, copy_of, power_cut_copy_of
 from crash.faults import FailingDisk, Plan, failing_vfs
 from crash.test_edited_files import X, add, edit, file_of
 from crash.workspaces import BAD, EXPECTED, TORN, copy_workspace, quarantined, raw_messages
@@ -243,6 +243,22 @@ async def test_what_changed_since_the_check_is_left_alone(clean: Path) -> None:
     assert (report.mended, "repair again" in report.what) == (False, True)
     async with opened(clean) as engine:
         await says(engine, "k", A, B)
+
+
+async def test_a_full_disk_leaves_everything_as_it_was_until_there_is_room(clean: Path) -> None:
+    rot(file_of(clean), b'"a"', b'"x"')
+    rotten = file_of(clean).read_bytes()
+    plan = [each for each in check(clean)[0] if each.remedy in REPAIRABLE]
+    for room in (0, 10, len(rotten), len(rotten) + 10):
+        disk = FullDisk()
+        disk.room = room
+        (report,) = await asyncio.to_thread(lambda disk=disk: mend(clean, plan, disk))
+        assert (report.mended, "make room" in report.what) == (False, True)
+        assert file_of(clean).read_bytes() == rotten
+        assert verdicts(clean)["k"] == (Verdict.DAMAGED, Remedy.MEND)
+    (report,) = await mended(clean)
+    assert report.mended
+    assert quarantined(clean) == [rotten]
 
 
 async def test_damage_of_the_journal_itself_is_not_touched(killed: Path) -> None:

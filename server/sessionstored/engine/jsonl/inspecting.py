@@ -139,9 +139,9 @@ class Inspector:
         if waiting.head is None:
             return Finding(Verdict.WAITING, file, key, "it is deleted") if entry is not None else None
         blocks = Blocks() if waiting.anew or entry is None else entry.blocks
-        generation = entry.generation if entry is not None else 0
+        path = self._path(name, entry.generation if entry is not None else 0)
         try:
-            found = self._prefix(self._path(name, generation), blocks)
+            found = self._prefix(path, blocks)
         except FileNotFoundError:
             if not blocks.length:
                 return self._waits(key, file, waiting)
@@ -149,14 +149,14 @@ class Inspector:
         except Unreadable as error:
             return self._condemned(key, file, str(error), Remedy.HAND)
         if entry is not None and entry.bad_line and not waiting.anew:
-            return self._condemned(key, file, entry.head.damage, Remedy.TAKE, found)
+            return self._condemned(key, file, entry.head.damage, Remedy.TAKE, examine(path))
         if found.size < blocks.length:
             detail = "the file is shorter than it was when changes began to wait"
-            return self._condemned(key, file, detail, Remedy.TAKE, found)
+            return self._condemned(key, file, detail, Remedy.TAKE, examine(path))
         if found.wrong:
             detail = "changes wait, and the file before them is not what it was: edited, or damaged"
-            return self._condemned(key, file, detail, Remedy.TAKE, found)
-        beyond = self._beyond(self._path(name, generation), blocks.length)
+            return self._condemned(key, file, detail, Remedy.TAKE, examine(path))
+        beyond = self._beyond(path, blocks.length)
         if not self._waiting.ours.wrote(key, name, beyond):
             detail = "it ends with bytes that the journal does not have"
             return Finding(Verdict.DAMAGED, file, key, detail, Remedy.OPEN, kept=waiting.head.message_count)
@@ -187,9 +187,8 @@ class Inspector:
         """A session whose changes go to quarantine at the next start."""
         self._summary.not_served += 1
         lost = f"{detail}; what waits for it goes to quarantine"
-        return Finding(
-            Verdict.DAMAGED, file, key, lost, remedy, kept=found.scan.message_count if found else 0
-        )
+        counts = (found.kept, found.suspect, found.lost) if found is not None else (0, 0, 0)
+        return Finding(Verdict.DAMAGED, file, key, lost, remedy, 0, *counts)
 
 
 def beyond_adoption(file: str, key: str, found: Examined) -> Finding | None:
