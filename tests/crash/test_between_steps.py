@@ -5,14 +5,21 @@ the whole scenario happens; then the daemon is killed, at once or after the chec
 """
 
 import asyncio
+import random
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
+import apsw
 import pytest
-from crash.by_hand import A, B, C, D, crashed, opened, quiet, round_of, says
+from crash.by_hand import BY_HAND, A, B, C, D, crashed, opened, quiet, round_of, says
+from crash.simulated import SimulatedDisk
+from crash.simulated_journal import vfs_on
+from crash.workspaces import quarantined
 from engines import done, lines
-from sessionstored.engine.jsonl import JsonlEngine
+from sessionstored.engine.jsonl import JsonlEngine, open_jsonl
 from sessionstored.rules import Append, Create, Delete, Fork, Mutation, Pop, Replace, Update
 
 Contents = dict[str, Sequence[bytes]]
@@ -41,6 +48,12 @@ SCENARIOS: dict[str, tuple[list[Mutation], list[Mutation], list[Mutation], Conte
     ),
     "pop, then append": (
         [Append("k", [A, B])], [Pop("k")], [Pop("k"), Append("k", [C]), Update("k", b'{"a": 1}')], {"k": [C]},
+    ),
+    "make, then append and delete in the checkpoint": (
+        [], [Append("k", [A])], [Append("k", [B]), Delete("k")], {},
+    ),
+    "append, then append and delete in the checkpoint": (
+        [Append("k", [A])], [Append("k", [B])], [Append("k", [C]), Delete("k")], {},
     ),
 }  # fmt: skip
 
@@ -114,3 +127,48 @@ async def test_a_scenario_at_every_step_of_a_checkpoint(fast_path: Path, name: s
             except BaseException as error:
                 error.add_note(f"crashed {copy.name}")
                 raise
+
+
+@pytest.mark.parametrize("share", [0.0, None], ids=["nothing unflushed is left", "some is"])
+@pytest.mark.parametrize("name", SCENARIOS)
+async def test_a_power_cut_after_a_scenario_in_a_checkpoint(
+    fast_path: Path, name: str, share: float | None
+) -> None:
+    """At once, or after the checkpoint went on: nothing deleted comes back, and nothing is set aside."""
+    before, waiting, within, expected = SCENARIOS[name]
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    for step in range(1, 20):
+        data = fast_path / f"{step}"
+        disk = SimulatedDisk(data)
+        at_once = share is None and rng.random() < 0.5
+
+        async def meanwhile(engine: JsonlEngine, disk: SimulatedDisk = disk, at_once: bool = at_once) -> None:
+            for mutation in within:
+                await done(engine, mutation)
+            await quiet(engine)
+            disk.dead = at_once
+
+        with vfs_on(disk) as vfs:
+            engine = await open_jsonl(data, tuning=BY_HAND, disk=disk, vfs=vfs)
+            for mutation in before:
+                await done(engine, mutation)
+            await round_of(engine)
+            for mutation in waiting:
+                await done(engine, mutation)
+            await quiet(engine)
+            stepped = SteppedRound(engine)
+            with suppress(apsw.Error, OSError):
+                await stepped.run(step, partial(meanwhile, engine))
+            engine._committer.fail("the power is cut")
+            await engine.close()
+            if stepped.steps < step:
+                assert step > 4
+                return
+            disk.cut(rng, share)
+        async with opened(data) as engine:
+            assert await engine.count() == len(expected), f"step {step}"
+            for key in {"k", *expected}:
+                await says(engine, key, *expected.get(key, ()))
+        assert quarantined(data) == []

@@ -253,6 +253,8 @@ class Maintenance:
             torn = one.entry.size == stat.st_size > one.entry.blocks.length
             one.entry.size = stat.st_size if torn else one.entry.blocks.length
             one.entry.inode, one.entry.mtime_ns = stat.st_ino, stat.st_mtime_ns
+            with vault.lock:  # a deletion from now on has to know: the rows that made these bytes may go
+                one.file.durable = one.entry.blocks.mark
             flushed.append((one, stat.st_size))
         vault.files.flush_names()
         safe = True
@@ -319,7 +321,7 @@ class Maintenance:
                     one.entry.inode,
                     one.entry.mtime_ns,
                 )
-                one.file.durable, one.file.revision = one.entry.blocks.mark, one.entry.head.revision
+                one.file.revision = one.entry.head.revision
                 if one.state.head is one.entry.head:
                     vault.clean(one.state)
         return safe

@@ -41,7 +41,7 @@ class File:
     inode: int = 0
     mtime_ns: int = 0
     durable: Mark = (0, 0)
-    """What of it the catalogue knows, and a flush made durable."""
+    """What of it the last flush made durable."""
     torn_write: bool = False
     """Our own last append was cut short: bytes beyond blocks.length are ours, and part of the journal."""
 
