@@ -1,16 +1,19 @@
 """The rung of the simulated disk: random histories, a power cut at a random step, and again in the recovery.
 
 Hypothesis chooses everything: what is done, when the power goes, what of the unflushed is there afterwards.
-A history appends, replaces, pops, updates, forks, deletes and makes anew, with checkpoints and clean restarts
-in between. After the cut everything acknowledged is there, what was under way happened or did not, nothing
-else did, and sending it again settles it; after a clean stop the files alone say the same.
+A history appends, replaces, pops, updates, forks, deletes and makes anew: between checkpoints, in the middle
+of them, and around clean restarts. After the cut everything acknowledged is there, what was under way
+happened or did not, nothing else did, and sending it again settles it; after a clean stop the files alone say
+the same.
 """
 
 import asyncio
 import random
 import shutil
+import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,6 +34,8 @@ from sessionstored.rules import Append, Create, Refusal, Replace
 OPERATIONS_MAX = 60
 STEPS_MAX = 250
 RECOVERY_STEPS_MAX = 60
+PAUSES_MAX = 8
+PATIENCE_S = 60
 
 
 class History:
@@ -65,7 +70,7 @@ class History:
                 if what < 0.75:
                     await self._operate(engine, writer)
                 elif what < 0.92:
-                    await self.maintained(engine)
+                    await self.maintained(engine, writer)
                 else:
                     await engine.close()
                     if not self._over(engine):
@@ -78,9 +83,34 @@ class History:
         await engine.close()
         self._over(engine)
 
-    async def maintained(self, engine: JsonlEngine) -> None:
-        """One round of maintenance, as its thread does it."""
-        await asyncio.get_running_loop().run_in_executor(None, engine._maintenance.guarded_round)
+    async def maintained(self, engine: JsonlEngine, writer: Writer) -> None:
+        """One round of maintenance, as its thread does it, perhaps with operations between its steps."""
+        loop, put, inside = asyncio.get_running_loop(), engine._committer.run, threading.local()
+        meanwhile = [self.rng.random() < 0.2 for _ in range(PAUSES_MAX)]
+        errors: list[BaseException] = []
+
+        def run(task: Callable[[], object], **how: bool) -> object:
+            if getattr(inside, "round", False) and meanwhile and meanwhile.pop():
+                inside.round = False
+                operating = asyncio.run_coroutine_threadsafe(self._operate(engine, writer), loop)
+                try:
+                    operating.result(PATIENCE_S)
+                except BaseException as error:  # the round would take it for a failure of storage
+                    errors.append(error)
+                inside.round = True
+            return put(task, **how)
+
+        def work() -> None:
+            inside.round = True
+            engine._maintenance.guarded_round()
+
+        engine._committer.run = run  # type: ignore[assignment,method-assign]
+        try:
+            await loop.run_in_executor(None, work)
+        finally:
+            engine._committer.run = put  # type: ignore[method-assign]
+        for error in errors:
+            raise error
 
     async def stopped(self, engine: JsonlEngine) -> None:
         """Let go of an engine that can go on no more."""
