@@ -6,19 +6,15 @@ then for the phase that is due, kills, and reads there what it really hit.
 
 import random
 import sys
-import time
 from pathlib import Path
 
-from crash.phases import Phases
+from crash.phases import Phases, phases_in_turn
 from crash.storms import Storm
 from crash.tally import Tally
 from daemons import Daemon
 
-AIMED_AT = ("commit", "append", "flush", "rename", "catalogue")
 BUSY = ("--checkpoint-s-max", "0.1")
 _LAUNCHER = (sys.executable, str(Path(__file__).parent / "traced_daemon.py"))
-_SPIN_S = 2.0
-_ANY_MOMENT_S = 0.1
 
 
 def kill_storm(
@@ -42,11 +38,11 @@ def kill_storm(
     try:
         daemon.start()
         with Storm(root, daemon, seed, variant) as storm:
-            aims = [*AIMED_AT, "any moment"]
-            rng.shuffle(aims)
+            aims = phases_in_turn(rng)
             for n in range(kills):
                 storm.await_acknowledgements()
-                _kill(daemon, phases, aims[n % len(aims)], rng)
+                phases.await_moment(aims[n % len(aims)], lambda: daemon.process.poll() is None, rng)
+                daemon.kill()
                 storm.died()
                 tally.times += 1
                 tally.phases.update(phases.now() or ["between"])
@@ -57,14 +53,6 @@ def kill_storm(
     finally:
         daemon.close()
     return tally
-
-
-def _kill(daemon: Daemon, phases: Phases, aim: str, rng: random.Random) -> None:
-    if aim in AIMED_AT:
-        phases.wait_for(aim, lambda: daemon.process.poll() is None, _SPIN_S)
-    else:
-        time.sleep(rng.random() * _ANY_MOMENT_S)
-    daemon.kill()
 
 
 def run(root: Path, seed: int, kills: int) -> Tally:

@@ -7,6 +7,7 @@ from crash import (
     clock_jumps,
     every_byte,
     every_failure,
+    ext4,
     failing_calls,
     floods,
     full_disks,
@@ -14,12 +15,38 @@ from crash import (
     large_directory,
     lost_writes,
     one_slow_thing,
+    power_cuts,
 )
+from crash.phases import AIMED_AT
 from crash.tally import Rung
 
 RUNGS = (
-    Rung("kill -9 under four processes", kills.run, full=200, sample=4, phases_min=kills.AIMED_AT),
+    Rung("kill -9 under four writing processes", kills.run, full=200, sample=4, phases_min=AIMED_AT),
     Rung("kill -9, durability os", kills.run_at_os, full=20, sample=2),
+    Rung(
+        "power cut",
+        power_cuts.run,
+        full=200,
+        sample=3,
+        phases_min=AIMED_AT,
+        unavailable=ext4.unavailable,
+    ),
+    Rung(
+        "power cut after EIO, stop, restart",
+        power_cuts.run_after_failure,
+        full=40,
+        sample=2,
+        unavailable=ext4.unavailable,
+    ),
+    Rung(
+        "power cut, flushes switched off",
+        power_cuts.run_without_flushes,
+        full=10,
+        sample=10,
+        times_min=1,
+        must_lose=True,
+        unavailable=ext4.unavailable,
+    ),
     Rung("a disk that fills", full_disks.run, full=24, sample=4, unavailable=full_disks.unavailable),
     Rung("EIO of a system call", failing_calls.run, full=40, sample=4, unavailable=failing_calls.unavailable),
     Rung("clocks that jump", clock_jumps.run, full=20, sample=3, times_min=100),

@@ -18,9 +18,14 @@ PHASES = ("commit", "append", "flush", "rename", "catalogue", "rewrite", "log")
 """commit: of a group's journal row. append: to a session file. flush: of a file or a directory. rename: of a
 file written anew. catalogue: its rows, the windows', and the end of a checkpoint. rewrite: a file is written
 anew, under a temporary name. log: SQLite's log is moved into the database."""
-BRIEF = ("append", "rename")
-"""Over in microseconds, which is less than a killer takes: while it waits for one, it is made longer."""
-_LINGER_S = 0.002
+AIMED_AT = ("commit", "append", "flush", "rename", "catalogue")
+"""Those that a full run has to hit."""
+BRIEF = ("append", "rename", "catalogue")
+"""Over sooner than a killer comes: while it waits for one, the daemon lingers before and after the work."""
+_LINGER_S = 0.005
+_SPIN_S = 2.0
+_ANY_MOMENT = "any moment"
+_ANY_MOMENT_S = 0.1
 _THREADS = ("committer", "maintenance", "")
 _WANTED = len(_THREADS)
 _SIZE = _WANTED + 1
@@ -64,20 +69,32 @@ class Phases:
         """Nobody is doing anything."""
         self._bytes[:] = bytes(_SIZE)
 
-    def wait_for(self, phase: str, alive: Callable[[], bool], timeout_s: float) -> bool:
-        """Spin until some thread is in a phase; False if none is in time, or the daemon is gone."""
+    def await_moment(self, aim: str, alive: Callable[[], bool], rng: random.Random) -> None:
+        """Wait for the moment that is due: a phase, or any; not much longer, if it does not come."""
+        if aim == _ANY_MOMENT:
+            time.sleep(rng.random() * _ANY_MOMENT_S)
+        else:
+            self._spin(aim, alive)
+
+    def _spin(self, phase: str, alive: Callable[[], bool]) -> None:
         number, shared = PHASES.index(phase) + 1, self._bytes
         shared[_WANTED] = number
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + _SPIN_S
         while time.monotonic() < deadline and alive():
             for _ in range(2000):
                 if shared[0] == number or shared[1] == number or shared[2] == number:
-                    return True
-        return False
+                    return
 
     def now(self) -> list[str]:
         """The phases that threads are in, or were in when they were killed."""
         return [PHASES[number - 1] for number in self._bytes[:_WANTED] if number]
+
+
+def phases_in_turn(rng: random.Random) -> list[str]:
+    """What to aim at, one after the other."""
+    aims = [*AIMED_AT, _ANY_MOMENT]
+    rng.shuffle(aims)
+    return aims
 
 
 def _place() -> int:

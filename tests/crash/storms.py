@@ -10,12 +10,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 import grpc
 from crash.checker import check
-from crash.operations import ACKNOWLEDGED, DAMAGED, READ, UNKNOWN, Operation, State, bounded, operation_of
+from crash.operations import (
+    ACKNOWLEDGED,
+    DAMAGED,
+    READ,
+    UNKNOWN,
+    Operation,
+    State,
+    bounded,
+    operation_of,
+)
 from crash.storm_writer import FORKS, KEYS
 from crash.tally import Tally
 from daemons import Daemon, wait_until
@@ -50,7 +60,7 @@ class Storm:
         self._read_to = [0] * WRITERS
         self._acknowledged = 0
         self._acknowledged_at_fault = 0
-        self._struck_ns: list[int] = []
+        self._struck_ns: list[tuple[int, bool]] = []
         self._deaths_ns: list[int] = []
 
     def __enter__(self) -> "Storm":
@@ -97,9 +107,12 @@ class Storm:
             self._acknowledged += whole.count(b'"outcome": "acknowledged"')
         return self._acknowledged
 
-    def struck(self) -> None:
-        """The disk fails from now on, until the daemon is dead: that it cannot be read is no loss."""
-        self._struck_ns.append(time.monotonic_ns())
+    def struck(self, power: bool = False) -> None:
+        """Say that the disk fails from now on, until the daemon is dead: that it cannot be read is no loss.
+
+        `power`: the power is off. What is answered now, nobody could have heard.
+        """
+        self._struck_ns.append((time.monotonic_ns(), power))
 
     def died(self) -> None:
         """The daemon is dead: what it has not applied, it never will. Acknowledgements count anew."""
@@ -112,19 +125,18 @@ class Storm:
         for process in self._processes:
             process.wait(PATIENCE_S)
         self._look_after_writers()
-        records = [operation_of(line) for log in self._logs for line in log.read_bytes().splitlines()]
-        records = bounded(records, self._deaths_ns)
+        records = self._records()
         final = {key: _final(self._daemon, key) for key in (*KEYS, *FORKS)}
         assert self._daemon.terminate() == 0, self._daemon.stderr
-        damaged = {record.key for record in records if record.outcome == DAMAGED and not self._dying(record)}
+        damaged = {record.key for record in records if record.outcome == DAMAGED}
         damaged |= {key for key, state in final.items() if state == DAMAGED}
-        for key in damaged:
-            tally.lose("lost", f"{key} was served as damaged")
         healthy = {key: state for key, state in final.items() if key not in damaged and state != DAMAGED}
         begun = time.monotonic()
         judged = [record for record in records if record.key in healthy and record.source_key not in damaged]
         for violation in check(judged, healthy):
             tally.lose(_COLUMNS.get(violation.kind, "wrong"), str(violation), violation.count)
+        for key in damaged:
+            tally.lose("lost", f"{key} was served as damaged")
         _judge_files(self._daemon.data, healthy, damaged, tally)
         for record in records:
             if record.kind != READ and record.outcome in (ACKNOWLEDGED, UNKNOWN):
@@ -134,11 +146,26 @@ class Storm:
         took = time.monotonic() - begun
         tally.notes.append(f"{len(records):,} calls, {reads:,} of them reads, checked in {took:.1f} s")
 
-    def _dying(self, record: Operation) -> bool:
-        """Whether a call was answered while the disk failed under the daemon."""
-        ends = (next(death for death in self._deaths_ns if death > begin) for begin in self._struck_ns)
-        spans = zip(self._struck_ns, ends, strict=True)
-        return any(begin <= record.end_ns <= end for begin, end in spans)
+    def _records(self) -> list[Operation]:
+        """What every process was answered while there was power."""
+        records = [operation_of(line) for log in self._logs for line in log.read_bytes().splitlines()]
+        found = []
+        for record in records:
+            power_off = self._power_off(record)
+            no_loss = record.outcome == DAMAGED or (power_off and record.kind == READ)
+            if power_off is not None and no_loss:
+                continue
+            heard = not (power_off and record.outcome == ACKNOWLEDGED)
+            found.append(record if heard else replace(record, outcome=UNKNOWN))
+        return bounded(found, self._deaths_ns)
+
+    def _power_off(self, record: Operation) -> bool | None:
+        """Whether the power was off when a call was answered; None if nothing was wrong with the disk."""
+        for begin, power in self._struck_ns:
+            end = next(death for death in self._deaths_ns if death > begin)
+            if begin <= record.end_ns <= end:
+                return power
+        return None
 
 
 def _final(daemon: Daemon, key: str) -> tuple[int, State] | str | None:

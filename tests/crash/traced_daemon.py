@@ -1,9 +1,10 @@
-"""A daemon for fault tests: `sessionstored`, which says what it is doing.
+"""A daemon for fault tests: `sessionstored`, with its disk watched, or with its flushes switched off.
 
-python traced_daemon.py --phases FILE serve ...
+python traced_daemon.py [--phases FILE] [--no-flush] serve ...
 
-What each thread is doing stands in a shared file (`phases`). Only tests can reach this: it wraps the daemon
-from outside, and the daemon knows nothing of it.
+`--phases` writes what each thread is doing into a shared file (`phases`). `--no-flush` makes every flush, of
+session files and of the journal, do nothing: what an acknowledgement is then worth shows what they are for.
+Only tests can reach this: it wraps the daemon from outside, and the daemon knows no such switch.
 """
 
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from crash.disks import QuickDisk
 from crash.phases import Phases
 from sessionstored.__main__ import main
 from sessionstored.engine import jsonl
@@ -80,8 +82,24 @@ def trace(path: Path) -> None:
     jsonl.open_jsonl = partial(jsonl.open_jsonl, disk=TracedDisk(phases))
 
 
+def switch_flushes_off() -> None:
+    """Have the daemon of this process flush nothing, and SQLite neither."""
+    begin = Journal.__init__
+
+    @wraps(begin)
+    def begin_carelessly(journal: Journal, *arguments: object) -> None:
+        begin(journal, *arguments)
+        journal._db.pragma("synchronous", 0)
+
+    Journal.__init__ = begin_carelessly
+    jsonl.open_jsonl = partial(jsonl.open_jsonl, disk=QuickDisk())
+
+
 if __name__ == "__main__":
     arguments = sys.argv[1 : sys.argv.index("serve")]
     sys.argv = [sys.argv[0], *sys.argv[sys.argv.index("serve") :]]
-    trace(Path(arguments[arguments.index("--phases") + 1]))
+    if "--phases" in arguments:
+        trace(Path(arguments[arguments.index("--phases") + 1]))
+    if "--no-flush" in arguments:
+        switch_flushes_off()
     main()
