@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         StorageFullError,
         TooLargeError,
         UnavailableError,
+        UnsupportedError,
     )
 
 _TYPES = (
@@ -49,7 +50,7 @@ _TYPES = (
 _ERRORS = (
     "AlreadyExistsError", "CallExpiredError", "ConflictError", "DataLossError", "DeadlineExceededError",
     "InternalError", "InvalidArgumentError", "LimitError", "NotFoundError", "OutcomeUnknownError",
-    "SessionStoreError", "StorageFullError", "TooLargeError", "UnavailableError",
+    "SessionStoreError", "StorageFullError", "TooLargeError", "UnavailableError", "UnsupportedError",
 )  # fmt: skip
 _HOMES = {
     **dict.fromkeys(_TYPES, "sessionstore._types"),
@@ -65,7 +66,7 @@ __all__ = [
     "CallExpiredError", "ConflictError", "DataLossError", "DeadlineExceededError", "Head", "InternalError",
     "InvalidArgumentError", "LimitError", "Message", "NotFoundError", "OutcomeUnknownError", "ScrubStatus",
     "ServerInfo", "ServerLimits", "SessionHandle", "SessionStore", "SessionStoreError", "StorageFullError",
-    "TooLargeError", "UnavailableError", "Unseen", "Written", "__version__",
+    "TooLargeError", "UnavailableError", "Unseen", "UnsupportedError", "Written", "__version__",
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@
     ├── UnavailableError                    (ConnectionError) no daemon answered; nothing was stored
     │   └── DeadlineExceededError           (TimeoutError) not in time; nothing was stored
     ├── OutcomeUnknownError                 (TimeoutError) the change may be applied, or not: use `retry`
+    ├── UnsupportedError                    what serves there cannot do this at all
     └── InternalError                       a defect of the daemon; its log has the trace under `incident`
 
 The rules:
@@ -224,6 +225,10 @@ class OutcomeUnknownError(_ContinuableError, TimeoutError):
         return self._go_on()
 
 
+class UnsupportedError(SessionStoreError):
+    """What serves there cannot do this at all: another engine or a newer daemon is needed."""
+
+
 class InternalError(SessionStoreError):
     """A defect of the daemon, or something that is no session store; the daemon's log has the trace."""
 
@@ -271,6 +276,7 @@ ERRORS: dict[str, type[SessionStoreError]] = {
     "EXPIRED_IN_QUEUE": DeadlineExceededError,
     "OUTCOME_UNKNOWN": OutcomeUnknownError,
     "INTERNAL": InternalError,
+    "UNSUPPORTED": UnsupportedError,
 }
 """The class of each ErrorReason, by its name without prefix. Total."""
 
@@ -292,6 +298,7 @@ _CODES: dict[str, type[SessionStoreError]] = {
     "OUT_OF_RANGE": InvalidArgumentError,
     "UNAVAILABLE": UnavailableError,
     "DATA_LOSS": DataLossError,
+    "UNIMPLEMENTED": UnsupportedError,
 }
 """The class of a refusal by its status code, for reasons that this client does not know.
 

@@ -60,6 +60,7 @@ CODES: Mapping[str, grpc.StatusCode] = {
     "EXPIRED_IN_QUEUE": _Code.DEADLINE_EXCEEDED,
     "OUTCOME_UNKNOWN": _Code.UNKNOWN,
     "INTERNAL": _Code.INTERNAL,
+    "UNSUPPORTED": _Code.UNIMPLEMENTED,
 }
 
 

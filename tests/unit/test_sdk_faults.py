@@ -25,6 +25,7 @@ from sessionstore.errors import (
     SessionStoreError,
     StorageFullError,
     UnavailableError,
+    UnsupportedError,
 )
 from sessionstore.v1 import session_pb2, session_store_pb2
 
@@ -448,7 +449,7 @@ def test_answered_through_follows_the_answers(scripted: Scripted, open_store: An
         ([refuse(Code.RESOURCE_EXHAUSTED, "STORAGE_FULL")], StorageFullError, "STORAGE_FULL", 1),
         ([LOST, refuse(Code.RESOURCE_EXHAUSTED, "STORAGE_FULL")], OutcomeUnknownError, "STORAGE_FULL", 2),
         ([LOST, refuse(Code.ABORTED, "REVISION_CONFLICT")], ConflictError, "REVISION_CONFLICT", 2),
-        ([refuse(Code.UNIMPLEMENTED)], InternalError, "GRPC_UNIMPLEMENTED", 1),
+        ([refuse(Code.UNIMPLEMENTED)], UnsupportedError, "GRPC_UNIMPLEMENTED", 1),
         ([EXPIRED], CallExpiredError, "CALL_EXPIRED", 1),
     ],
 )  # fmt: skip

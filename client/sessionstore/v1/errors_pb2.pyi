@@ -123,6 +123,10 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """ERROR_REASON_INTERNAL: a defect of the daemon; its log holds the trace under `incident`. INTERNAL. Metadata: incident.
     A mutation that gets this may or may not be applied.
     """
+    ERROR_REASON_UNSUPPORTED: _ErrorReason.ValueType  # 67
+    """ERROR_REASON_UNSUPPORTED: what serves cannot do this at all, such as a backup of a store in memory. UNIMPLEMENTED.
+    Metadata: detail.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason says why a call was refused, precisely enough for a program to act on it."""
@@ -224,5 +228,9 @@ UNKNOWN. No metadata. Send the very same call again (same call identity) to find
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 66
 """ERROR_REASON_INTERNAL: a defect of the daemon; its log holds the trace under `incident`. INTERNAL. Metadata: incident.
 A mutation that gets this may or may not be applied.
+"""
+ERROR_REASON_UNSUPPORTED: ErrorReason.ValueType  # 67
+"""ERROR_REASON_UNSUPPORTED: what serves cannot do this at all, such as a backup of a store in memory. UNIMPLEMENTED.
+Metadata: detail.
 """
 global___ErrorReason = ErrorReason
