@@ -107,6 +107,14 @@ class Connection:
                 raise ChannelGoneError from None
             return list(reply) if rpc.method.streams else reply
 
+    def stream(self, rpc: Rpc) -> Iterator[Any]:
+        """The replies of one attempt, as they come, for as long as it takes. Raises grpc.RpcError."""
+        replies = self._calls[rpc.method.name](rpc.request)
+        try:
+            yield from replies
+        finally:
+            replies.cancel()
+
     def close(self) -> None:
         """Give up what is under way, and the channel."""
         self.closed = True
@@ -187,6 +195,17 @@ class Driver(Forkable):
             except (OutcomeUnknownError, ConflictError) as error:
                 error._run = self.run
                 raise
+
+    def stream(self, rpc: Rpc) -> Iterator[Any]:
+        """The replies to a read, as they come: one attempt, without a deadline. Do not fork meanwhile.
+
+        That somebody answers has been seen before, with `run`. A daemon that is gone ends it: the channel
+        asks for signs of life while a call waits. Raises SessionStoreError.
+        """
+        try:
+            yield from self._connection.stream(rpc)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
 
     @contextmanager
     def begun(self) -> Iterator[None]:

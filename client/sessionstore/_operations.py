@@ -73,8 +73,9 @@ UPDATE = Method("UpdateSession", pb.UpdateSessionRequest, pb.UpdateSessionRespon
 FORK = Method("ForkSession", pb.ForkSessionRequest, pb.ForkSessionResponse)
 DELETE = Method("DeleteSession", pb.DeleteSessionRequest, pb.DeleteSessionResponse)
 READ = Method("ReadMessages", pb.ReadMessagesRequest, pb.ReadMessagesResponse, mutates=False, streams=True)
+BACKUP = Method("Backup", pb.BackupRequest, pb.BackupResponse, mutates=False, streams=True)
 METHODS: tuple[Method[Any, Any], ...] = (
-    INFO, CREATE, GET, LIST, APPEND, REPLACE, POP, UPDATE, FORK, DELETE, READ,
+    INFO, CREATE, GET, LIST, APPEND, REPLACE, POP, UPDATE, FORK, DELETE, READ, BACKUP,
 )  # fmt: skip
 
 

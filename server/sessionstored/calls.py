@@ -8,8 +8,8 @@ Cancellation passes.
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator
+from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import grpc
@@ -24,7 +24,7 @@ Context = grpc.aio.ServicerContext[Message, Message]
 if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]  # generic in its stubs only
 Unary = Callable[[Message, Context], Awaitable[Message]]
-Stream = Callable[[Message, Context], AsyncIterator[Message]]
+Stream = Callable[[Message, Context], AsyncGenerator[Message, None]]
 RawUnary = Callable[[bytes, Context], Awaitable[Message]]
 RawStream = Callable[[bytes, Context], AsyncIterator[Message]]
 Reader = Callable[[bytes], Message]
@@ -143,16 +143,17 @@ class Calls(grpc.aio.ServerInterceptor):
         return guarded
 
     def _stream(self, method: str, behaviour: Stream, read: Reader) -> RawStream:
-        async def guarded(request: bytes, context: Context) -> AsyncIterator[Message]:
+        async def guarded(request: bytes, context: Context) -> AsyncGenerator[Message, None]:
             try:
                 with self._under_way(len(request)):
                     begun = False
-                    async for reply in behaviour(read(request), context):
-                        if begun:
-                            self._check_draining()
-                        with self._held(reply.ByteSize()):
-                            yield reply
-                        begun = True
+                    async with aclosing(behaviour(read(request), context)) as replies:
+                        async for reply in replies:
+                            if begun:
+                                self._check_draining()
+                            with self._held(reply.ByteSize()):
+                                yield reply
+                            begun = True
                 return
             except Exception as error:
                 if context.done():  # the caller went away: sending failed, and nobody hears why
@@ -224,7 +225,7 @@ def _reader(handler: "Handler") -> Reader:
 
 
 def _one_reply(behaviour: Unary) -> Stream:
-    async def stream(request: Message, context: Context) -> AsyncIterator[Message]:
+    async def stream(request: Message, context: Context) -> AsyncGenerator[Message, None]:
         yield await behaviour(request, context)
 
     return stream

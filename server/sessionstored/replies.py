@@ -1,9 +1,12 @@
 """From what the engine answers to what goes on the wire. Pure; knows protobuf, and no grpc."""
 
-from google.protobuf.timestamp_pb2 import Timestamp
-from sessionstore.v1 import session_pb2, session_store_pb2
+from collections.abc import Sequence
 
-from sessionstored.engine import Reply, Scrub
+from google.protobuf.timestamp_pb2 import Timestamp
+from sessionstore.v1 import session_pb2
+from sessionstore.v1 import session_store_pb2 as v1
+
+from sessionstored.engine import BackupDamage, BackupHeader, BackupItem, BackupPart, Reply, Scrub
 from sessionstored.rules import Answer, Head
 
 
@@ -38,14 +41,58 @@ def result(answer: Answer, reply: Reply) -> session_pb2.WriteResult:
     )
 
 
-def scrub(status: Scrub | None) -> session_store_pb2.ScrubStatus | None:
+def scrub(status: Scrub | None) -> v1.ScrubStatus | None:
     """What the background scrubber did; None, which leaves the field out, if there is none."""
     if status is None:
         return None
-    return session_store_pb2.ScrubStatus(
+    return v1.ScrubStatus(
         bytes_verified=status.bytes,
         sessions_verified=status.sessions,
         sessions_damaged=status.damaged,
         passes=status.passes,
         last_pass_time=timestamp(status.last_pass_us) if status.last_pass_us else None,
+    )
+
+
+class BackupReplies:
+    """The blocks of a backup as replies, and their sum."""
+
+    def __init__(self) -> None:
+        self._files = self._bytes = 0
+
+    def block(self, items: Sequence[BackupItem]) -> v1.BackupResponse:
+        """A block."""
+        reply = v1.BackupResponse()
+        for item in items:
+            match item:
+                case BackupHeader():
+                    reply.header.CopyFrom(_backup_header(item))
+                case BackupDamage():
+                    reply.damages.add(key=item.key, path=item.path, detail=item.detail)
+                case BackupPart():
+                    self._add(reply, item)
+        return reply
+
+    def _add(self, reply: v1.BackupResponse, part: BackupPart) -> None:
+        message = reply.parts.add(path=part.path, offset=part.offset, data=part.data)
+        if part.end is not None:
+            message.end.size, message.end.digest = part.end.size, part.end.digest
+            self._files += 1
+            self._bytes += part.end.size
+
+    def summary(self) -> v1.BackupResponse:
+        """The end of a whole backup."""
+        return v1.BackupResponse(
+            summary=v1.BackupSummary(file_count=self._files, byte_count=self._bytes)
+        )
+
+
+def _backup_header(header: BackupHeader) -> v1.BackupHeader:
+    return v1.BackupHeader(
+        store_id=header.store_id,
+        format=header.format,
+        take_time=timestamp(header.take_time_us),
+        revision=header.revision,
+        session_count=header.session_count,
+        bytes_total=header.bytes_total,
     )

@@ -7,6 +7,7 @@ decides anything about a session, and nothing here waits for anything but the en
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -176,6 +177,18 @@ class SessionStoreServicer(session_store_pb2_grpc.SessionStoreServicer):
         page = await self._engine.list(listing.query)
         sessions, token = listing.page(page)
         return v1.ListSessionsResponse(sessions=sessions, next_page_token=token)
+
+    # The whole store.
+
+    async def Backup(
+        self, request: v1.BackupRequest, context: Context
+    ) -> AsyncIterator[v1.BackupResponse]:
+        """Stream a copy of the store."""
+        made = replies.BackupReplies()
+        async with aclosing(self._engine.backup()) as blocks:
+            async for block in blocks:
+                yield made.block(block)
+        yield made.summary()
 
     def _limits_message(self) -> v1.Limits:
         bounds, limits = self._bounds, self._limits

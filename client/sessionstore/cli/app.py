@@ -14,9 +14,9 @@ from typing import IO, Any
 import click
 
 from sessionstore import codec
-from sessionstore._operations import Held, read
+from sessionstore._operations import BACKUP, Held, Rpc, pb, read
 from sessionstore._types import OrderBy
-from sessionstore.cli import exporting, importing, output, wire
+from sessionstore.cli import backing_up, exporting, importing, output, wire
 from sessionstore.cli.conversation import printable, rows
 from sessionstore.client import SessionStore
 from sessionstore.errors import NotFoundError, OutcomeUnknownError, SessionStoreError, error_for
@@ -267,6 +267,36 @@ def import_(store: SessionStore, directory: Path) -> None:
     problems = sum(bool(result.problem) for result in results)
     if problems:
         raise Failed(f"damaged or left out: {_count(problems, 'file')} of {len(results):,}, see above")
+
+
+@sessionctl.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
+@_connected
+def backup(store: SessionStore, directory: Path) -> None:
+    """Copy the whole store into DIR, which must be new or empty, as it is at one moment.
+
+    The daemon goes on serving. Everything that was acknowledged before is in the copy; `sessionstored
+    restore` makes a store of it. A directory without MANIFEST.json is no backup. Ends with 1 if something
+    in the store is damaged: it is copied as it is, and named.
+    """
+    store.info()  # somebody answers
+    backing_up.prepare(directory)
+    try:
+        with output.progress(in_bytes=True) as bar:
+            task = bar.add_task("backing up", total=None)
+            made = backing_up.receive(
+                store._driver.stream(Rpc(BACKUP, pb.BackupRequest())),
+                directory,
+                lambda done, total: bar.update(task, completed=done, total=total),
+            )
+    except (SessionStoreError, backing_up.NotWholeError, OSError) as error:
+        raise Failed(f"{error}; what is in {directory} is no backup: remove it") from error
+    told = f"{_count(made.session_count, 'session')} in {_count(made.file_count, 'file')}"
+    click.echo(f"{told}, {_count(made.byte_count, 'byte')}, as of {made.taken}, backed up to {directory}")
+    for damage in made.damaged:
+        _complain(f"{damage['key']}: damaged: {damage['path']}: {damage['detail']}")
+    if made.damaged:
+        raise Failed(f"damaged in the store, and copied as it is: {_count(len(made.damaged), 'file')}")
 
 
 @sessionctl.command()

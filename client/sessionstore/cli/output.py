@@ -12,7 +12,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from rich import box
 from rich.console import Console
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -164,13 +173,14 @@ def _remarks(results: Sequence[Result]) -> Iterator[tuple[str, str, str, str]]:
             yield result.path.name, result.outcome.value, note, "dim"
 
 
-def progress() -> Progress:
+def progress(*, in_bytes: bool = False) -> Progress:
     """A progress bar on stderr, if that is a terminal; it leaves no trace."""
     err = console(stderr=True)
+    counts: list[ProgressColumn] = [DownloadColumn(), TransferSpeedColumn()]
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        *(counts if in_bytes else [MofNCompleteColumn()]),
         TimeRemainingColumn(),
         console=err,
         transient=True,

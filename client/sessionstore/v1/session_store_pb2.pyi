@@ -930,3 +930,198 @@ class ReadMessagesResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["messages", b"messages", "next", b"next", "revision", b"revision", "start", b"start"]) -> None: ...
 
 global___ReadMessagesResponse = ReadMessagesResponse
+
+@typing.final
+class BackupRequest(google.protobuf.message.Message):
+    """BackupRequest has no fields."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___BackupRequest = BackupRequest
+
+@typing.final
+class BackupResponse(google.protobuf.message.Message):
+    """BackupResponse is one block of the stream: at most 1 MiB of data, often parts of several files."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: builtins.int
+    PARTS_FIELD_NUMBER: builtins.int
+    DAMAGES_FIELD_NUMBER: builtins.int
+    SUMMARY_FIELD_NUMBER: builtins.int
+    @property
+    def header(self) -> global___BackupHeader:
+        """header is in the first response, and in no other."""
+
+    @property
+    def parts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___BackupPart]:
+        """parts are pieces of files. The parts of a file come in order and one after the other."""
+
+    @property
+    def damages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___BackupDamage]:
+        """damages name what is damaged in the store itself, and is copied as it is."""
+
+    @property
+    def summary(self) -> global___BackupSummary:
+        """summary is in the last response, and in no other: without it the copy is not whole."""
+
+    def __init__(
+        self,
+        *,
+        header: global___BackupHeader | None = ...,
+        parts: collections.abc.Iterable[global___BackupPart] | None = ...,
+        damages: collections.abc.Iterable[global___BackupDamage] | None = ...,
+        summary: global___BackupSummary | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["header", b"header", "summary", b"summary"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["damages", b"damages", "header", b"header", "parts", b"parts", "summary", b"summary"]) -> None: ...
+
+global___BackupResponse = BackupResponse
+
+@typing.final
+class BackupHeader(google.protobuf.message.Message):
+    """BackupHeader tells what is copied."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STORE_ID_FIELD_NUMBER: builtins.int
+    FORMAT_FIELD_NUMBER: builtins.int
+    TAKE_TIME_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
+    SESSION_COUNT_FIELD_NUMBER: builtins.int
+    BYTES_TOTAL_FIELD_NUMBER: builtins.int
+    store_id: builtins.str
+    """store_id identifies the store that is copied."""
+    format: builtins.int
+    """format is the version of the store's format on disk."""
+    revision: builtins.int
+    """revision is the highest revision that was given out by then."""
+    session_count: builtins.int
+    """session_count is how many sessions there were."""
+    bytes_total: builtins.int
+    """bytes_total is how many bytes of files will come; a little less if files are missing."""
+    @property
+    def take_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """take_time is the moment that the copy shows, on the daemon's clock."""
+
+    def __init__(
+        self,
+        *,
+        store_id: builtins.str = ...,
+        format: builtins.int = ...,
+        take_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        revision: builtins.int = ...,
+        session_count: builtins.int = ...,
+        bytes_total: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["take_time", b"take_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["bytes_total", b"bytes_total", "format", b"format", "revision", b"revision", "session_count", b"session_count", "store_id", b"store_id", "take_time", b"take_time"]) -> None: ...
+
+global___BackupHeader = BackupHeader
+
+@typing.final
+class BackupPart(google.protobuf.message.Message):
+    """BackupPart is a piece of a file."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: builtins.int
+    OFFSET_FIELD_NUMBER: builtins.int
+    DATA_FIELD_NUMBER: builtins.int
+    END_FIELD_NUMBER: builtins.int
+    path: builtins.str
+    """path is where the file belongs: "journal.db", or a name below "sessions/" or "quarantine/"."""
+    offset: builtins.int
+    """offset is where in the file the data belongs: the sum of the file's parts before."""
+    data: builtins.bytes
+    """data are the bytes, at most 1 MiB."""
+    @property
+    def end(self) -> global___BackupFile:
+        """end is there with a file's last part, and with no other."""
+
+    def __init__(
+        self,
+        *,
+        path: builtins.str = ...,
+        offset: builtins.int = ...,
+        data: builtins.bytes = ...,
+        end: global___BackupFile | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["end", b"end"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["data", b"data", "end", b"end", "offset", b"offset", "path", b"path"]) -> None: ...
+
+global___BackupPart = BackupPart
+
+@typing.final
+class BackupFile(google.protobuf.message.Message):
+    """BackupFile tells what a file is once all of its parts are there."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SIZE_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    size: builtins.int
+    """size is the file's length in bytes."""
+    digest: builtins.str
+    """digest is the SHA-256 of the file, in lower-case hexadecimal digits."""
+    def __init__(
+        self,
+        *,
+        size: builtins.int = ...,
+        digest: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["digest", b"digest", "size", b"size"]) -> None: ...
+
+global___BackupFile = BackupFile
+
+@typing.final
+class BackupDamage(google.protobuf.message.Message):
+    """BackupDamage names damage that the store itself has: the copy has it, too."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: builtins.int
+    PATH_FIELD_NUMBER: builtins.int
+    DETAIL_FIELD_NUMBER: builtins.int
+    key: builtins.str
+    """key is the damaged session's key."""
+    path: builtins.str
+    """path is the damaged file."""
+    detail: builtins.str
+    """detail says what is wrong with it."""
+    def __init__(
+        self,
+        *,
+        key: builtins.str = ...,
+        path: builtins.str = ...,
+        detail: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["detail", b"detail", "key", b"key", "path", b"path"]) -> None: ...
+
+global___BackupDamage = BackupDamage
+
+@typing.final
+class BackupSummary(google.protobuf.message.Message):
+    """BackupSummary ends a whole backup."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FILE_COUNT_FIELD_NUMBER: builtins.int
+    BYTE_COUNT_FIELD_NUMBER: builtins.int
+    file_count: builtins.int
+    """file_count is how many files were sent."""
+    byte_count: builtins.int
+    """byte_count is how many bytes they have together."""
+    def __init__(
+        self,
+        *,
+        file_count: builtins.int = ...,
+        byte_count: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["byte_count", b"byte_count", "file_count", b"file_count"]) -> None: ...
+
+global___BackupSummary = BackupSummary

@@ -97,6 +97,11 @@ class SessionStoreStub(object):
                 request_serializer=sessionstore_dot_v1_dot_session__store__pb2.ReadMessagesRequest.SerializeToString,
                 response_deserializer=sessionstore_dot_v1_dot_session__store__pb2.ReadMessagesResponse.FromString,
                 _registered_method=True)
+        self.Backup = channel.unary_stream(
+                '/sessionstore.v1.SessionStore/Backup',
+                request_serializer=sessionstore_dot_v1_dot_session__store__pb2.BackupRequest.SerializeToString,
+                response_deserializer=sessionstore_dot_v1_dot_session__store__pb2.BackupResponse.FromString,
+                _registered_method=True)
 
 
 class SessionStoreServicer(object):
@@ -197,6 +202,16 @@ class SessionStoreServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Backup(self, request, context):
+        """Backup streams a copy of the whole store as it was at one moment during the call, and nothing that came later,
+        while the daemon goes on serving. Everything acknowledged before the call is in it. A backup is whole once its
+        summary is there. Errors: UNSUPPORTED, STORAGE_FULL (the copy of the journal needs space), OVERLOADED (too many
+        backups at once, or this one was not read for too long), DATA_LOSS (the journal itself is damaged).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SessionStoreServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -259,6 +274,11 @@ def add_SessionStoreServicer_to_server(servicer, server):
                     servicer.ReadMessages,
                     request_deserializer=sessionstore_dot_v1_dot_session__store__pb2.ReadMessagesRequest.FromString,
                     response_serializer=sessionstore_dot_v1_dot_session__store__pb2.ReadMessagesResponse.SerializeToString,
+            ),
+            'Backup': grpc.unary_stream_rpc_method_handler(
+                    servicer.Backup,
+                    request_deserializer=sessionstore_dot_v1_dot_session__store__pb2.BackupRequest.FromString,
+                    response_serializer=sessionstore_dot_v1_dot_session__store__pb2.BackupResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -588,6 +608,33 @@ class SessionStore(object):
             '/sessionstore.v1.SessionStore/ReadMessages',
             sessionstore_dot_v1_dot_session__store__pb2.ReadMessagesRequest.SerializeToString,
             sessionstore_dot_v1_dot_session__store__pb2.ReadMessagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Backup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/sessionstore.v1.SessionStore/Backup',
+            sessionstore_dot_v1_dot_session__store__pb2.BackupRequest.SerializeToString,
+            sessionstore_dot_v1_dot_session__store__pb2.BackupResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -113,6 +113,16 @@ class SessionStoreStub:
     known_revision, or that this stream has yet to send, were rewritten.
     """
 
+    Backup: grpc.UnaryStreamMultiCallable[
+        sessionstore.v1.session_store_pb2.BackupRequest,
+        sessionstore.v1.session_store_pb2.BackupResponse,
+    ]
+    """Backup streams a copy of the whole store as it was at one moment during the call, and nothing that came later,
+    while the daemon goes on serving. Everything acknowledged before the call is in it. A backup is whole once its
+    summary is there. Errors: UNSUPPORTED, STORAGE_FULL (the copy of the journal needs space), OVERLOADED (too many
+    backups at once, or this one was not read for too long), DATA_LOSS (the journal itself is damaged).
+    """
+
 class SessionStoreAsyncStub:
     """SessionStore owns a directory of conversation sessions. Every acknowledged mutation is durable at the level that
     GetServerInfo names. Errors carry a google.rpc.ErrorInfo; see ErrorReason. Keys, limits and refusals are checked in
@@ -204,6 +214,16 @@ class SessionStoreAsyncStub:
     """ReadMessages streams messages in blocks of at most 1 MiB (or one larger message).
     Errors: SESSION_NOT_FOUND, INDEX_OUT_OF_RANGE, DATA_LOSS, REVISION_CONFLICT if messages that were already there at
     known_revision, or that this stream has yet to send, were rewritten.
+    """
+
+    Backup: grpc.aio.UnaryStreamMultiCallable[
+        sessionstore.v1.session_store_pb2.BackupRequest,
+        sessionstore.v1.session_store_pb2.BackupResponse,
+    ]
+    """Backup streams a copy of the whole store as it was at one moment during the call, and nothing that came later,
+    while the daemon goes on serving. Everything acknowledged before the call is in it. A backup is whole once its
+    summary is there. Errors: UNSUPPORTED, STORAGE_FULL (the copy of the journal needs space), OVERLOADED (too many
+    backups at once, or this one was not read for too long), DATA_LOSS (the journal itself is damaged).
     """
 
 class SessionStoreServicer(metaclass=abc.ABCMeta):
@@ -321,6 +341,18 @@ class SessionStoreServicer(metaclass=abc.ABCMeta):
         """ReadMessages streams messages in blocks of at most 1 MiB (or one larger message).
         Errors: SESSION_NOT_FOUND, INDEX_OUT_OF_RANGE, DATA_LOSS, REVISION_CONFLICT if messages that were already there at
         known_revision, or that this stream has yet to send, were rewritten.
+        """
+
+    @abc.abstractmethod
+    def Backup(
+        self,
+        request: sessionstore.v1.session_store_pb2.BackupRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[sessionstore.v1.session_store_pb2.BackupResponse], collections.abc.AsyncIterator[sessionstore.v1.session_store_pb2.BackupResponse]]:
+        """Backup streams a copy of the whole store as it was at one moment during the call, and nothing that came later,
+        while the daemon goes on serving. Everything acknowledged before the call is in it. A backup is whole once its
+        summary is there. Errors: UNSUPPORTED, STORAGE_FULL (the copy of the journal needs space), OVERLOADED (too many
+        backups at once, or this one was not read for too long), DATA_LOSS (the journal itself is damaged).
         """
 
 def add_SessionStoreServicer_to_server(servicer: SessionStoreServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -7,13 +7,16 @@ Engines never import grpc: they raise `Refused`, and the service turns that into
 Engines are chosen by name; `engine.open` knows them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
 from sessionstored.rules import Head, Mutation, Outcome, Refusal
 from sessionstored.windows import Call
+
+BACKUP_BYTES_MAX = 1 << 20
+"""How many bytes of data one block of a backup holds at most."""
 
 
 class Refused(Exception):
@@ -110,6 +113,53 @@ class Scrub:
     """When the last whole pass ended, microseconds since the epoch; 0 if none did."""
 
 
+@dataclass(frozen=True, slots=True)
+class BackupHeader:
+    """What a backup is a copy of, and the moment that it shows. It comes first."""
+
+    store_id: str
+    format: int
+    """The version of the store's format on disk."""
+    take_time_us: int
+    revision: int
+    """The highest that was given out by then."""
+    session_count: int
+    bytes_total: int
+
+
+@dataclass(frozen=True, slots=True)
+class BackupFile:
+    """A file that is copied."""
+
+    size: int
+    digest: str
+    """SHA-256, in hexadecimal digits."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackupPart:
+    """A piece of a file. The pieces of a file come in order, and one after the other."""
+
+    path: str
+    """"journal.db", or a name below "sessions/" or "quarantine/"."""
+    offset: int
+    data: bytes
+    end: BackupFile | None = None
+    """With the last piece: what the whole file is."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackupDamage:
+    """Damage that the store itself has, and the copy, too."""
+
+    key: str
+    path: str
+    detail: str
+
+
+BackupItem = BackupHeader | BackupPart | BackupDamage
+
+
 class Engine(Protocol):
     """A store of sessions."""
 
@@ -158,6 +208,20 @@ class Engine(Protocol):
 
     def scrubbed(self) -> Scrub | None:
         """What was compared with checksums in the background; None for an engine that has none."""
+        ...
+
+    def backup(self) -> AsyncGenerator[Sequence[BackupItem], None]:
+        """Copy the whole store as it is at one moment, after this is first waited for, while it goes on.
+
+        Gives a header, and then parts and damages, at most about BACKUP_BYTES_MAX of data at a time. It shows
+        the store between two groups: everything that was acknowledged before, each group whole or not at all.
+        What it holds is let go of when it is closed, so its reader closes it.
+
+        Raises:
+            Refused: UNSUPPORTED; STORAGE_FULL; OVERLOADED, too many at once, or the reader is too slow;
+                DATA_LOSS, what all sessions share is damaged; SHUTTING_DOWN.
+
+        """
         ...
 
     def announce(self, addresses: Sequence[str]) -> None:

@@ -8,9 +8,9 @@ locks.
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
-from sessionstored.engine import Order, Page, Query, Refused, Reply, Request, Slice
+from sessionstored.engine import BackupItem, Order, Page, Query, Refused, Reply, Request, Slice
 from sessionstored.engine.settle import expired_in_queue, settle
 from sessionstored.rules import DEFAULT_LIMITS, Change, Fork, Head, Limits, Refusal, not_found
 from sessionstored.windows import CallWindow, Remembered
@@ -178,6 +178,12 @@ class MemoryEngine:
 
     def scrubbed(self) -> None:
         """Memory has no checksums."""
+
+    async def backup(self) -> AsyncGenerator[Sequence[BackupItem], None]:
+        """Refuse: there is nothing that would outlive the process anyway."""
+        detail = "a store in memory has no backup: serve a directory"
+        raise Refused(Refusal("UNSUPPORTED", detail, {"detail": detail}))
+        yield ()  # makes this an iterator
 
     def announce(self, addresses: Sequence[str]) -> None:
         """Nobody else can open this store."""

@@ -7,7 +7,7 @@ reads warm sessions on the loop and cold ones on a few threads, and owns start a
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,8 +16,9 @@ from typing import TypeVar
 
 import apsw
 
-from sessionstored.engine import Page, Query, Refused, Reply, Request, Scrub, Slice
+from sessionstored.engine import BackupItem, Page, Query, Refused, Reply, Request, Scrub, Slice
 from sessionstored.engine.jsonl import pages
+from sessionstored.engine.jsonl.backing_up import Backups
 from sessionstored.engine.jsonl.committer import STOPPING, Committer, Job, StaleFork, is_disk_full
 from sessionstored.engine.jsonl.damage import confirm
 from sessionstored.engine.jsonl.disk import Disk
@@ -160,6 +161,7 @@ class JsonlEngine:
             bytes_per_s_max=tuning.scrub_bytes_per_s_max,
             pass_interval_s=tuning.scrub_interval_s,
         )
+        self._backups = Backups(self._vault, self._committer)
         self._readers = ThreadPoolExecutor(4, thread_name_prefix="reader")
         self._copiers = ThreadPoolExecutor(2, thread_name_prefix="copier")
         self._queued_requests = self._queued_bytes = 0
@@ -442,6 +444,10 @@ class JsonlEngine:
         """What the scrubber verified since the start."""
         return self._scrubber.status()
 
+    def backup(self) -> AsyncGenerator[Sequence[BackupItem], None]:
+        """Copy the whole store as it is at one moment."""
+        return self._backups.stream()
+
     async def failed(self) -> str:
         """Wait until storage has failed for good."""
         return await asyncio.shield(self._failed)
@@ -458,6 +464,7 @@ class JsonlEngine:
 
     def _close(self) -> None:
         vault = self._vault
+        self._backups.close()
         self._scrubber.stop()
         self._maintenance.stop()
         complete = False

@@ -45,6 +45,10 @@ class Disk:
         """Give a file another name, replacing what has it."""
         os.rename(old, new)
 
+    def link(self, old: Path, new: Path) -> None:
+        """Give a file a second name, which must be free."""
+        os.link(old, new, follow_symlinks=False)
+
     def unlink(self, path: Path) -> None:
         """Remove a name."""
         os.unlink(path)

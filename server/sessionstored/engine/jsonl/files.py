@@ -19,6 +19,7 @@ from pathlib import Path
 from sessionstored.engine import Refused
 from sessionstored.engine.jsonl.blocks import BLOCK_BYTES, Blocks
 from sessionstored.engine.jsonl.disk import Disk
+from sessionstored.engine.jsonl.keeping import Keeper
 from sessionstored.engine.jsonl.names import short_name, temporary_name
 from sessionstored.engine.jsonl.state import File, State, data_loss
 from sessionstored.engine.jsonl.text import header_line, message_lines
@@ -63,6 +64,7 @@ class SessionFiles:
         self._fds: OrderedDict[str, int] = OrderedDict()
         self.names_changed = False
         """Names were made, renamed or removed since the directory was last flushed."""
+        self._keepers: list[Keeper] = []
 
     # Appending.
 
@@ -179,9 +181,19 @@ class SessionFiles:
         if fd is not None:
             os.close(fd)
 
+    def keep_for(self, keeper: Keeper) -> None:
+        """From now on, keep for a backup what is replaced or removed."""
+        self._keepers = [*(other for other in self._keepers if not other.closed), keeper]
+
+    def _lose_name(self, name: str) -> None:
+        """A file is about to lose its name."""
+        self.forget(name)
+        for keeper in self._keepers:
+            keeper.keep(name)
+
     def remove(self, name: str) -> None:
         """Remove a file; it may be gone already."""
-        self.forget(name)
+        self._lose_name(name)
         try:
             self.disk.unlink(self.sessions / name)
         except FileNotFoundError:
@@ -191,7 +203,7 @@ class SessionFiles:
 
     def put_away(self, name: str, revision: int) -> None:
         """Move the file of a deleted damaged session to quarantine; it may be there already."""
-        self.forget(name)
+        self._lose_name(name)
         try:
             self.disk.rename(self.sessions / name, self.quarantine / f"{short_name(name)}.{revision}.deleted")
         except FileNotFoundError:
@@ -272,7 +284,7 @@ class SessionFiles:
 
     def install_generation(self, name: str, generation: int) -> None:
         """Rename a written generation over its file."""
-        self.forget(name)
+        self._lose_name(name)
         self.disk.rename(self.sessions / temporary_name(name, generation), self.sessions / name)
         self.names_changed = True
 

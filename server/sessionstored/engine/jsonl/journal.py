@@ -22,6 +22,7 @@ from sessionstored.engine import Order, Query
 from sessionstored.engine.jsonl import pages, wal
 from sessionstored.engine.jsonl.blocks import Blocks
 from sessionstored.engine.jsonl.records import checksum, outcome_from_json, outcome_to_json
+from sessionstored.engine.jsonl.snapshot import Snapshot
 from sessionstored.rules import Head
 from sessionstored.windows import CallWindow, Remembered
 
@@ -152,6 +153,10 @@ class Journal:
     def reader(self) -> "Reader":
         """Another connection, for reads beside the writer."""
         return Reader(self._connect())
+
+    def snapshot(self) -> Snapshot:
+        """Another connection, for a copy of one moment."""
+        return Snapshot(self._connect())
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

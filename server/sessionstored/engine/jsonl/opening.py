@@ -39,6 +39,7 @@ def open_vault(
     """
     try:
         store = directory.read_store()
+        directory.remove_backup_folders()
         journal = _open_journal(directory, store, durability, accept_loss, vfs)
         try:
             return _recovered(

@@ -8,6 +8,8 @@ daemon of a directory.
 import fcntl
 import json
 import os
+import re
+import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from sessionstored.engine.jsonl.files import FULL
 
 FORMAT = 1
 REVISIONS_RESERVED = 1_000_000
+_BACKUP_FOLDER = re.compile(r"\.backup-[0-9a-f]{32}")
 
 
 class NewerFormatError(StartError):
@@ -118,6 +121,18 @@ class Directory:
             os.close(fd)
         self._disk.rename(temporary, self.path / "STORE")
         self._disk.flush_directory(self.path)
+
+    def make_backup_folder(self) -> Path:
+        """A new folder for what a backup under way needs."""
+        folder = self.path / f".backup-{uuid.uuid4().hex}"
+        folder.mkdir(mode=0o700)
+        return folder
+
+    def remove_backup_folders(self) -> None:
+        """Remove what backups needed that ended with their daemon."""
+        for name in os.listdir(self.path):
+            if _BACKUP_FOLDER.fullmatch(name):
+                shutil.rmtree(self.path / name)
 
     def close(self) -> None:
         """Release the lock. LOCK stays, empty: two daemons could lock two files of that name."""
