@@ -17,6 +17,7 @@ import click
 
 from sessionstored import address, config, offline
 from sessionstored.config import SETTINGS, ConfigError, Loaded, Setting, Value
+from sessionstored.restore import restore
 
 # A thread that waits for the interpreter gets it after at most this long while another one computes.
 # Measured: with Python's default of 5 ms a commit beside a busy thread takes 5.5 ms, with this 0.7 ms.
@@ -30,6 +31,9 @@ Command = Callable[..., None]
 @click.version_option(package_name="sessionstore", message="sessionstored %(version)s")
 def main() -> None:
     """Serve a directory of conversation sessions to many processes and machines."""
+
+
+main.add_command(restore)
 
 
 def _settings_options(command: Command) -> Command:

@@ -331,6 +331,19 @@ class Journal:
             for name, value in values.items():
                 self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
 
+    def last_revision(self) -> int:
+        """The highest revision that a row names; 0 if there are no rows."""
+        return int(_value(self._db, "SELECT ifnull(max(last_revision), 0) FROM journal"))
+
+    def put_fingerprints(self, found: Iterable[tuple[str, int, int, int]]) -> None:
+        """Make files (name, size, inode, mtime_ns) those that the catalogue knows, in one transaction."""
+        with self.transaction():
+            for file, size, inode, mtime_ns in found:
+                self._db.execute(
+                    "UPDATE session SET size = ?, inode = ?, mtime_ns = ? WHERE file = ?",
+                    (size, inode, mtime_ns, file),
+                )
+
     def entry(self, key: str) -> Entry | None:
         """A session's catalogue row."""
         return _entry(self._db, "key = ?", key)

@@ -37,6 +37,11 @@ def open_vault(
         StartError: something is lost, damaged or in the way.
 
     """
+    if directory.restoring.exists():
+        raise StartError(
+            f"a restore into {directory.path} did not finish ({directory.restoring.name} is there): "
+            "empty the directory and restore again"
+        )
     try:
         store = directory.read_store()
         directory.remove_backup_folders()

@@ -69,6 +69,8 @@ class Directory:
         self.sessions = path / "sessions"
         self.quarantine = path / "quarantine"
         self.journal = path / "journal.db"
+        self.restoring = path / "RESTORING"
+        """There while a restore is under way: what is here is no store yet."""
         try:
             for folder in (path, self.sessions, self.quarantine):
                 _make(folder, disk)
