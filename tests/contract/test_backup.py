@@ -378,12 +378,17 @@ def test_a_connection_that_breaks_is_one_line_and_no_backup(tmp_path):
     assert not (tmp_path / "b/MANIFEST.json").exists()
 
 
-def test_a_killed_client_leaves_no_backup(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_client_that_is_ended_leaves_no_backup(number, tmp_path):
     with fake(WHOLE[:3], "wait") as address:
         command = [BIN / "sessionctl", "--target", address, "backup", tmp_path / "b"]
-        with subprocess.Popen(command, env=clean_environment(), stderr=subprocess.DEVNULL) as client:
+        environment = clean_environment()
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as client:
             wait_until((tmp_path / "b/journal.db").exists, PATIENCE_S, "the journal's copy")
-            client.send_signal(signal.SIGKILL)
+            client.send_signal(number)
+            told = client.communicate(timeout=PATIENCE_S)[1]
+    assert client.returncode == (1 if number == signal.SIGINT else -number)
+    assert (f"interrupted; what is in {tmp_path / 'b'} is no backup" in told) == (number == signal.SIGINT)
     assert "MANIFEST.json is missing" in refused(tmp_path / "b", tmp_path / "data")
 
 

@@ -1,6 +1,7 @@
 """A backup of an engine is the store at one moment, whatever happens to it while it is copied."""
 
 import asyncio
+import errno
 import os
 import random
 from contextlib import aclosing
@@ -265,6 +266,30 @@ async def test_a_backup_gives_way_to_a_full_disk(tmp_path, monkeypatch):
     with pytest.raises(Refused) as caught:
         await back_up(engine, tmp_path / "backup")
     assert caught.value.refusal.reason == "STORAGE_FULL"
+    await engine.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EPERM])
+async def test_a_file_that_cannot_be_kept_ends_the_backup_and_nothing_else(number, tmp_path, monkeypatch):
+    step_by_step(monkeypatch)
+    engine, _ = await filled(tmp_path / "data", 5)
+    assert isinstance(engine, JsonlEngine)
+
+    def link(old: Path, new: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    async with aclosing(engine.backup()) as blocks:
+        await anext(blocks)
+        monkeypatch.setattr(engine._vault.disk, "link", link)
+        await done(engine, Delete("k4"))
+        await done(engine, Append("k4", [b"{}"]))
+        with pytest.raises((Refused, PermissionError)) as caught:
+            await anext(blocks)
+        full = isinstance(caught.value, Refused) and caught.value.refusal.reason == "STORAGE_FULL"
+        assert full == (number == errno.ENOSPC)
+    monkeypatch.undo()
+    assert no_leftovers(tmp_path / "data")
+    assert (await back_up(engine, tmp_path / "backup")).session_count == 5
     await engine.close()
 
 

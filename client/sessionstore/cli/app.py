@@ -289,8 +289,9 @@ def backup(store: SessionStore, directory: Path) -> None:
                 directory,
                 lambda done, total: bar.update(task, completed=done, total=total),
             )
-    except (SessionStoreError, backing_up.NotWholeError, OSError) as error:
-        raise Failed(f"{error}; what is in {directory} is no backup: remove it") from error
+    except (SessionStoreError, backing_up.NotWholeError, OSError, KeyboardInterrupt) as error:
+        why = str(error) or "interrupted"
+        raise Failed(f"{why}; what is in {directory} is no backup: remove it") from error
     told = f"{_count(made.session_count, 'session')} in {_count(made.file_count, 'file')}"
     click.echo(f"{told}, {_count(made.byte_count, 'byte')}, as of {made.taken}, backed up to {directory}")
     for damage in made.damaged:
