@@ -8,6 +8,7 @@ environment that is passed in.
 
 import difflib
 import os
+import re
 import tempfile
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,8 @@ FILE_NAME = "sessionstored.toml"
 # A message length is an int32 in gRPC.
 _BYTES_MAX = 1 << 30
 _COUNT_MAX = 1 << 31
+# How Python holds bytes that are no UTF-8.
+_UNPAIRED = re.compile("[\ud800-\udfff]")
 
 Value = str | int | float | bool | tuple[str, ...]
 
@@ -322,6 +325,8 @@ def load(flags: Mapping[str, Value], environment: Mapping[str, str], file: Path 
         values[name], sources[name] = _checked(setting, value, setting.flag), setting.flag
     arguments: dict[str, Any] = dict(values)
     arguments["data"] = os.path.abspath(os.path.expanduser(arguments["data"]))
+    for name in ("data", "listen"):  # the machine had its part in these
+        _check_text(arguments[name], f"{name}, from {sources[name]},")
     return Loaded(Config(**arguments), sources)
 
 
@@ -378,6 +383,7 @@ def _from_text(setting: Setting, text: str) -> Value:
 
 def _checked(setting: Setting, value: Value, where: str) -> Value:
     """The value, if it is in its range."""
+    _check_text(value, where)
     if value == ():
         raise ConfigError(f"{where} must name at least one address")
     if value == "":
@@ -389,6 +395,13 @@ def _checked(setting: Setting, value: Value, where: str) -> Value:
     ):
         raise ConfigError(f"{where} must be {setting.minimum:,} to {setting.maximum:,}, not {value!r}")
     return value
+
+
+def _check_text(value: Value, where: str) -> None:
+    """Refuse text that is no UTF-8, or holds a NUL: neither the journal nor the system takes such a name."""
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str) and (_UNPAIRED.search(text) or "\0" in text):
+            raise ConfigError(f"{where} must be UTF-8 without NUL, not {text!r}: rename it, or give another")
 
 
 def _type_name(setting: Setting) -> str:

@@ -126,6 +126,13 @@ def test_a_wrong_configuration_is_a_usage_error(tmp_path, text, environment, sai
     assert "Traceback" not in done.stderr
 
 
+def test_a_directory_whose_name_is_no_utf8_is_a_usage_error(tmp_path):
+    done = command("serve", "--data", f"{tmp_path}/\udcff", "--listen", "127.0.0.1:0")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--data must be UTF-8 without NUL" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 # where it serves --------------------------------------------------------------------------------------------
 
 

@@ -107,6 +107,8 @@ def test_a_named_file_must_exist(tmp_path: Path):
         ("listen = [1]", r"listen must be a list of strings, not \[1\]"),
         ("listen = []", "listen must name at least one address"),
         ("data = 5", "data must be a string, not 5"),
+        (r'data = "a\u0000b"', r"data must be UTF-8 without NUL, not 'a\\x00b': rename it"),
+        (r'listen = ["unix:\u0000"]', "listen must be UTF-8 without NUL"),
         ("durability = 'none'", "durability must be one of fsync, os, not 'none'"),
         ("page_size_max = ", "cannot be read"),
     ],
@@ -126,6 +128,8 @@ def test_what_a_file_may_not_say(tmp_path: Path, text: str, said: str):
         ("INSECURE", "maybe", "SESSIONSTORED_INSECURE must be true or false, not 'maybe'"),
         ("LOG_LEVEL", "loud", "SESSIONSTORED_LOG_LEVEL must be one of"),
         ("LISTEN", " , ", "SESSIONSTORED_LISTEN must name at least one address"),
+        ("LISTEN", "h:1,unix:\udcff", r"SESSIONSTORED_LISTEN must be UTF-8 without NUL, not 'unix:\\udcff'"),
+        ("DATA", "/a/\udcff", r"SESSIONSTORED_DATA must be UTF-8 without NUL, not '/a/\\udcff': rename it"),
     ],
 )
 def test_what_the_environment_may_not_say(variable: str, text: str, said: str):
@@ -136,6 +140,16 @@ def test_what_the_environment_may_not_say(variable: str, text: str, said: str):
 def test_what_a_flag_may_not_say():
     with pytest.raises(ConfigError, match="--page-size-max must be 1 to"):
         load({"page_size_max": 0}, {})
+
+
+def test_a_directory_that_is_no_text_is_refused_whatever_it_comes_from(monkeypatch):
+    with pytest.raises(ConfigError, match=r"--data must be UTF-8 without NUL, not '/a/\\udcff': rename it"):
+        load({"data": "/a/\udcff"}, {})
+    with pytest.raises(ConfigError, match="listen, from default, must be UTF-8"):
+        load({}, {"XDG_RUNTIME_DIR": "/\udcff"})
+    monkeypatch.setenv("HOME", "/home/\udcff")
+    with pytest.raises(ConfigError, match="data, from --data, must be UTF-8 without NUL, not '/home/"):
+        load({"data": "~/sessions"}, {})
 
 
 def test_others_variables_are_not_settings():
