@@ -9,6 +9,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from urllib.parse import quote
 
 from sessionstore._operations import invalid
 
@@ -77,13 +78,14 @@ def grpc_target(target: str) -> str:
     """The name that grpc knows a target by."""
     if target.startswith("unix:"):
         path = target.removeprefix("unix:")
-        if not path:
+        if not path or "\0" in path:
             raise invalid("target", f"must be unix:PATH, not {target!r}")
         size_bytes = len(path.encode(errors="surrogateescape").removeprefix(b"//"))
         if size_bytes > _SOCKET_PATH_BYTES_MAX:
             told = f"{size_bytes} bytes, and a socket's path has at most {_SOCKET_PATH_BYTES_MAX}: {target!r}"
             raise invalid("target", f"has a path of {told}")
-        return target
+        # It is a path to us, and that of a URI to grpc, which would end it at a "?" or "#".
+        return "unix:" + quote(path, errors="surrogateescape")
     match = _HOST_PORT.fullmatch(target)
     if match is None or int(match["port"]) > 65535:
         raise invalid("target", f"must be host:port, [v6]:port or unix:PATH, not {target!r}")

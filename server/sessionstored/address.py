@@ -12,6 +12,7 @@ import socket
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from sessionstored.engine import StartError
 
@@ -58,6 +59,11 @@ def _parse_path(text: str) -> Address:
     path = text.removeprefix("unix:")
     if not path or "\0" in path:
         raise ValueError(f"{text!r} is no address: unix: is followed by a path, such as unix:/run/me/sock")
+    if "," in path or path != path.rstrip():
+        raise ValueError(
+            f"{text!r} is no address: a socket's path has no comma, and no blank at its end: clients take "
+            "comma lists of addresses"
+        )
     path = os.path.abspath(path)
     size = len(os.fsencode(path))
     if size > _PATH_BYTES_MAX:
@@ -65,6 +71,13 @@ def _parse_path(text: str) -> Address:
             f"{text!r} is no address: a socket's path has at most {_PATH_BYTES_MAX} bytes, not {size}"
         )
     return Address(path=path)
+
+
+def grpc_name(text: str) -> str:
+    """What gRPC calls an address: it reads the path of a socket as that of a URI, unless it is quoted."""
+    if not text.startswith("unix:"):
+        return text
+    return "unix:" + quote(os.fsencode(text.removeprefix("unix:")))
 
 
 def is_loopback(address: Address) -> bool:

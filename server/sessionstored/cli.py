@@ -154,7 +154,7 @@ def _serves(asked: str) -> bool:
 
     try:
         # A daemon is not behind a web proxy, whatever http_proxy says.
-        with grpc.insecure_channel(asked, [("grpc.enable_http_proxy", 0)]) as channel:
+        with grpc.insecure_channel(address.grpc_name(asked), [("grpc.enable_http_proxy", 0)]) as channel:
             reply = health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(service=SERVICE), timeout=_HEALTH_TIMEOUT_S
             )

@@ -176,7 +176,7 @@ class _Daemon:
         # The socket file gets its mode 0600 when it is made, so that nobody can connect in between.
         mask = os.umask(0o177) if wanted.path else None
         try:
-            port = self._server.add_insecure_port(str(wanted))
+            port = self._server.add_insecure_port(address.grpc_name(str(wanted)))
         except RuntimeError as error:
             raise StartError(
                 f"--listen {wanted}: {address.why_not(wanted)}; choose another address with --listen"

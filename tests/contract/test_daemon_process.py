@@ -20,6 +20,8 @@ import pytest
 from daemons import Daemon, channel_to, clean_environment, wait_until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from sessionstore import AsyncSessionStore, SessionStore
+from sessionstore.manager import SessionManager
 from sessionstore.v1 import session_store_pb2 as v1
 from sessionstore.v1 import session_store_pb2_grpc
 from wire import block, refusal, refusal_of
@@ -114,6 +116,8 @@ def test_the_configuration_in_force_is_printed_with_its_sources(tmp_path):
         ("page_sizes_max = 7", {}, "my.toml: there is no setting 'page_sizes_max'; did you mean page_size"),
         ("listen = ['nowhere']", {}, "my.toml: 'nowhere' is no address"),
         ("", {"SESSIONSTORED_LISTEN": "nowhere"}, "SESSIONSTORED_LISTEN: 'nowhere' is no address"),
+        ("listen = ['unix:/com,ma']", {}, "my.toml: 'unix:/com,ma' is no address: a socket's path"),
+        ("listen = ['unix:/blank ']", {}, "my.toml: 'unix:/blank ' is no address: a socket's path"),
         ("", {"SESSIONSTORED_PAGE_SIZE_MAX": "x"}, "SESSIONSTORED_PAGE_SIZE_MAX must be a whole number"),
     ],
 )
@@ -170,6 +174,32 @@ def test_a_dead_daemons_socket_is_taken_over_and_a_live_ones_is_not(make_daemon,
     assert sock.exists()
     daemon.start()
     assert stat.S_IMODE(sock.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("name", ["ha#sh", "qu?est", "per%41cent", "100%", "bl nk ✓", "co:lon;[x]"])
+def test_a_sockets_path_is_a_path_whatever_a_uri_would_make_of_it(make_daemon, short_path, name):
+    address = f"unix:{short_path}/{name}"
+    daemon = make_daemon(store="jsonl", listen=address).start()
+    assert daemon.stdout == [f"listening on {address}\n"]
+    assert [path.name for path in short_path.iterdir()] == [name]
+    with SessionStore(address) as store:
+        store.create("k")
+
+    async def exists() -> bool:
+        async with AsyncSessionStore(address) as store:
+            return await store.get("k") is not None
+
+    assert asyncio.run(exists())
+    with SessionManager(daemon.data) as manager:
+        assert [each["key"] for each in manager.list_sessions()] == ["k"]
+    told = command("health", "--target", address)
+    assert (told.returncode, told.stdout) == (0, f"{address}: {SERVICE} is SERVING\n")
+    ctl = [Path(sys.executable).parent / "sessionctl", "--target", address, "ls"]
+    assert "k" in subprocess.run(ctl, capture_output=True, check=True, timeout=120, text=True).stdout
+    daemon.kill()
+    daemon.start()  # what is left of the dead one is found in its place
+    assert daemon.terminate() == 0
+    assert list(short_path.iterdir()) == []
 
 
 def test_a_file_in_the_sockets_place_is_left_alone(short_path):

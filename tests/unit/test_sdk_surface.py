@@ -65,7 +65,8 @@ def test_targets_that_can_be_meant(target: str) -> None:
 
 @pytest.mark.parametrize(
     "target",
-    ["", " , ", "host", "host:", ":80", "host:port", "host:65536", "::1:80", "unix:", "http://h:80", 80],
+    ["", " , ", "host", "host:", ":80", "host:port", "host:65536", "::1:80", "unix:", "unix:/a\0b", "http://h:80",
+     80],
 )
 @pytest.mark.parametrize("cls", [SessionStore, AsyncSessionStore])
 def test_targets_that_cannot_be_meant(cls: Any, target: Any) -> None:
