@@ -169,6 +169,7 @@ async def test_two_files_that_claim_one_key_are_both_named_and_neither_is_served
         assert no.reason == "DATA_LOSS"
         assert "sessions/k.jsonl" in no.message
         assert "sessions/zz.jsonl" in no.message
+        assert "move one of them away, then restart" in no.message
         for mutation in (Append("k", [C]), Pop("k"), Create("k"), Fork("f", "k"), Update("k", b"{}")):
             (outcome,) = await submit(engine, mutation)
             assert isinstance(outcome, Refusal)
@@ -294,6 +295,21 @@ async def test_a_file_that_lost_bytes_while_changes_waited_is_damaged(killed: Pa
             no = await refusal(engine, "k")
             assert (no.reason, no.metadata["file"]) == ("DATA_LOSS", "sessions/k.jsonl")
             assert quarantined(killed) == [C + b"\n"]
+
+
+async def test_a_file_that_was_renamed_while_changes_waited_is_named_and_comes_back(killed: Path) -> None:
+    path = file_of(killed)
+    renamed = path.rename(path.with_name("renamed.jsonl"))
+    for _ in range(2):
+        async with opened(killed) as engine:
+            message = (await refusal(engine, "k")).message
+            assert "two files" not in message
+            assert "sessions/k.jsonl is missing, and sessions/renamed.jsonl claims its key" in message
+            assert "rename that to sessions/k.jsonl, then restart" in message
+    renamed.rename(path)
+    async with opened(killed) as engine:
+        await says(engine, "k", A, B, C)
+    assert quarantined(killed) == [C + b"\n"]
 
 
 async def test_two_files_that_claim_a_key_with_changes_that_waited(killed: Path) -> None:

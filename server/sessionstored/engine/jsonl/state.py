@@ -75,7 +75,7 @@ class State:
     @property
     def refusal(self) -> Refusal | None:
         """Why it is not served."""
-        return self.bad or self.claimed
+        return self.claimed or self.bad
 
     @property
     def count(self) -> int:

@@ -195,8 +195,12 @@ class Vault:
         names = self.claims.get(key)
         if names is None:
             return None
-        files = " and ".join(f"sessions/{name}" for name in names)
-        return data_loss(key, names[0], 0, f"two files claim this key: {files}: move one of them away")
+        first, *others = (f"sessions/{name}" for name in names)
+        if (self.files.sessions / names[0]).exists():
+            what = f"two files claim this key: {' and '.join([first, *others])}: move one of them away"
+        else:
+            what = f"{first} is missing, and {' and '.join(others)} claims its key: rename that to {first}"
+        return data_loss(key, names[0], 0, f"{what}, then restart the daemon")
 
     def next_revision(self) -> int:
         """A new revision; STORE's ceiling is above all that were ever given out."""
