@@ -26,6 +26,8 @@ _HEALTH_TIMEOUT_S = 5.0
 
 Command = Callable[..., None]
 
+_log = logging.getLogger(__name__)
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sessionstore", message="sessionstored %(version)s")
@@ -95,6 +97,9 @@ def serve(file: Path | None, accept_loss: bool, **flags: Value | None) -> None:
     """
     loaded = _load(file, flags)
     _log_to_stderr(loaded.config.log_level)
+    for name, near in config.unknown_variables(os.environ).items():
+        hint = f"did you mean {near}?" if near else "`sessionstored config` lists the names"
+        _log.warning("%s is no setting, and is ignored; %s", name, hint)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     # Only here: the other commands start without them.
     from sessionstored import server

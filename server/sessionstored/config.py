@@ -27,6 +27,7 @@ FILE_NAME = "sessionstored.toml"
 # A message length is an int32 in gRPC.
 _BYTES_MAX = 1 << 30
 _COUNT_MAX = 1 << 31
+_INJECTED = re.compile("SESSIONSTORED_(?:PORT(?:_.*)?|SERVICE_.*)")
 # How Python holds bytes that are no UTF-8.
 _UNPAIRED = re.compile("[\ud800-\udfff]")
 
@@ -328,6 +329,20 @@ def load(flags: Mapping[str, Value], environment: Mapping[str, str], file: Path 
     for name in ("data", "listen"):  # the machine had its part in these
         _check_text(arguments[name], f"{name}, from {sources[name]},")
     return Loaded(Config(**arguments), sources)
+
+
+def unknown_variables(environment: Mapping[str, str]) -> Mapping[str, str]:
+    """Variables that look like settings and are none -> the nearest one that is; "" if none is near.
+
+    Not among them is what an orchestrator sets by itself for a service that is called sessionstored.
+    """
+    known = {setting.variable for setting in SETTINGS.values()} | {ENVIRONMENT_PREFIX + "CONFIG"}
+    found: dict[str, str] = {}
+    for name in sorted(environment):
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in known and not _INJECTED.fullmatch(name):
+            near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.7)
+            found[name] = near[0] if near else ""
+    return found
 
 
 def _named_file(environment: Mapping[str, str]) -> Path | None:

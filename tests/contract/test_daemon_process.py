@@ -91,6 +91,15 @@ def test_the_log_has_time_level_and_logger_on_each_line(make_daemon):
     assert "anybody on this machine may read and write" in daemon.stderr
 
 
+def test_an_unknown_variable_is_warned_of_once(make_daemon):
+    unknown = {"SESSIONSTORED_PAGE_SIZES_MAX": "7", "SESSIONSTORED_SERVICE_PORT": "7437"}
+    daemon = make_daemon(environment=unknown).start()
+    assert daemon.terminate() == 0
+    assert daemon.stderr.count("SESSIONSTORED_PAGE_SIZES_MAX is no setting, and is ignored") == 1
+    assert "did you mean SESSIONSTORED_PAGE_SIZE_MAX?" in daemon.stderr
+    assert "SESSIONSTORED_SERVICE_PORT" not in daemon.stderr
+
+
 def test_version():
     done = command("--version")
     assert (done.returncode, done.stderr) == (0, "")

@@ -157,6 +157,15 @@ def test_others_variables_are_not_settings():
     assert load({}, {"SESSIONSTORED_SERVICE_HOST": "10.0.0.1"}).config == load({}, {}).config
 
 
+def test_unknown_variables_are_found_with_the_nearest_setting():
+    ours = dict.fromkeys(["SESSIONSTORED_CONFIG", *(each.variable for each in SETTINGS.values())], "")
+    injected = ["SESSIONSTORED_PORT", "SESSIONSTORED_PORT_7437_TCP", "SESSIONSTORED_SERVICE_HOST"]
+    wrong = {"SESSIONSTORED_LISTENS": "", "SESSIONSTORED_XYZZY": "", "SESSIONSTORED_PORTS": ""}
+    found = config.unknown_variables(ours | dict.fromkeys([*injected, "SESSIONSTORE_X"], "") | wrong)
+    assert set(found) == set(wrong)
+    assert found["SESSIONSTORED_LISTENS"] == "SESSIONSTORED_LISTEN"
+
+
 def test_an_empty_variable_is_none():
     assert load({}, {"SESSIONSTORED_PAGE_SIZE_MAX": ""}).sources["page_size_max"] == "default"
 
