@@ -121,8 +121,23 @@ def _end_at_once(code: int) -> NoReturn:
 
 
 def _ready(addresses: Sequence[str]) -> None:
-    for each in addresses:
-        print(f"listening on {each}", flush=True)
+    _say("".join(f"listening on {each}\n" for each in addresses))
+
+
+def _say(text: str) -> None:
+    """Write to stdout. Raises StartError if that takes nothing: nobody would be told what was asked for."""
+    from sessionstored.engine import StartError
+
+    if sys.stdout is None:  # it was closed before Python began
+        raise StartError("stdout is closed: give it a pipe, a file with room, or /dev/null")
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        # What is left in the buffer must not fail once more when the process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise StartError(
+            f"stdout cannot be written: {error.strerror}: give it a pipe, a file with room, or /dev/null"
+        ) from error
 
 
 def _log_to_stderr(level: str) -> None:
@@ -185,7 +200,13 @@ def _default_target() -> str:
 @_settings_options
 def show_config(file: Path | None, **flags: Value | None) -> None:
     """Print the configuration in force as TOML, each setting with where it comes from."""
-    click.echo(config.to_toml(_load(file, flags)), nl=False)
+    from sessionstored.engine import StartError
+
+    try:
+        _say(config.to_toml(_load(file, flags)))
+    except StartError as error:
+        click.echo(f"sessionstored: {error}", err=True)
+        sys.exit(1)
 
 
 main.add_command(offline.check)

@@ -91,6 +91,33 @@ def test_the_log_has_time_level_and_logger_on_each_line(make_daemon):
     assert "anybody on this machine may read and write" in daemon.stderr
 
 
+@pytest.mark.parametrize("arguments", [("serve", "--store", "jsonl", "--listen", "127.0.0.1:0"), ("config",)])
+@pytest.mark.parametrize("stdout", ["/dev/full", "broken pipe", "closed"])
+def test_a_stdout_that_takes_nothing_is_one_clear_line(tmp_path, arguments, stdout):
+    if stdout == "broken pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open("/dev/full", os.O_WRONLY)
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh"] if stdout == "closed" else []
+    try:
+        done = subprocess.run(
+            [*closed, sys.executable, "-m", "sessionstored", *arguments, "--data", str(tmp_path)],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+            env=clean_environment(),
+        )
+    finally:
+        os.close(writer)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("sessionstored: stdout ")
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
 def test_an_unknown_variable_is_warned_of_once(make_daemon):
     unknown = {"SESSIONSTORED_PAGE_SIZES_MAX": "7", "SESSIONSTORED_SERVICE_PORT": "7437"}
     daemon = make_daemon(environment=unknown).start()
