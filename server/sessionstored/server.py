@@ -31,6 +31,7 @@ from sessionstored.service import LARGE_REPLIES, SERVICE, SessionStoreServicer
 EXIT_OK = 0
 EXIT_CANNOT_START = 1
 EXIT_STORAGE_FAILED = 3
+EXIT_NOT_OPENED = 128 + signal.SIGTERM
 # A request up to this many times the largest batch is read, so that it can be refused by name.
 _RECEIVED_BATCHES_MAX = 2
 _MESSAGE_LENGTH_MAX = (1 << 31) - 1
@@ -49,6 +50,8 @@ _BYTES_PER_ARRIVAL = 8 << 20
 _ARRIVALS_MIN = 4
 _ARRIVAL_S_MAX = 5.0
 _LOOKAHEAD_BYTES = 128 << 10
+# How long a stop waits for a store that is still being opened.
+_OPENING_S_MAX = 2.0
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +74,7 @@ async def serve(config: Config, ready: Callable[[Sequence[str]], None], *, accep
     addresses = _allowed(config)
     _raise_descriptors()
     stop = _stop_on_signals()
-    engine = await open_engine(config, accept_loss=accept_loss)
+    engine = await _opened(config, stop, accept_loss=accept_loss)
     daemon = _Daemon(config, engine)
     try:
         served = [daemon.bind(each) for each in addresses]
@@ -85,6 +88,22 @@ async def serve(config: Config, ready: Callable[[Sequence[str]], None], *, accep
         await daemon.end()
         raise
     return await daemon.run(stop)
+
+
+async def _opened(config: Config, stop: asyncio.Event, *, accept_loss: bool) -> Engine:
+    """The store. A stop that comes while it is opened waits for it a little, and then ends the process.
+
+    That is as kill -9 is: recovery may take long, cannot be interrupted, and begins anew at the next start.
+    """
+    opening = asyncio.create_task(open_engine(config, accept_loss=accept_loss))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait((opening, stopping), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    await asyncio.wait((opening,), timeout=_OPENING_S_MAX)
+    if not opening.done():
+        _log.critical("stopped while the store was being opened: ending without a clean stop")
+        os._exit(EXIT_NOT_OPENED)
+    return opening.result()
 
 
 def _allowed(config: Config) -> list[Address]:

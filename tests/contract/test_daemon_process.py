@@ -483,6 +483,34 @@ def test_new_work_is_refused_while_the_daemon_drains(make_daemon):
     assert daemon.wait() == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_store_is_being_opened_ends_it_soon(make_daemon, tmp_path, number):
+    slow = (
+        "import sys, time\n"
+        "from sessionstored.engine.jsonl.recovery import Recovery\n"
+        "Recovery.run = lambda self: (print('opening', file=sys.stderr, flush=True), time.sleep(200))\n"
+        "from sessionstored.cli import main\n"
+        "main()\n"
+    )
+    arguments = ["serve", "--data", str(tmp_path / "data"), "--listen", "127.0.0.1:0", "--log-level", "error"]
+    with subprocess.Popen(
+        [sys.executable, "-c", slow, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=clean_environment(),
+    ) as process:
+        try:
+            assert "opening" in process.stderr.readline()
+            process.send_signal(number)
+            stdout, stderr = process.communicate(timeout=60)  # long before the store is open
+        finally:
+            process.kill()
+    assert (process.returncode, stdout) == (143, "")
+    assert "stopped while the store was being opened" in stderr
+    assert make_daemon(tmp_path / "data", store="jsonl").start().terminate() == 0
+
+
 def test_a_second_signal_ends_it_at_once(make_daemon):
     daemon = make_daemon(flags=("--drain-s-max", "300")).start()
     stream = stuck_stream(daemon)
