@@ -48,12 +48,16 @@ from sessionstore.errors import (
     NotFoundError,
     OutcomeUnknownError,
     SessionStoreError,
+    TooLargeError,
     error_for,
 )
 
 if TYPE_CHECKING:
     from sessionstore.manager import Session
 
+# Any daemon reads a batch of this size, so that it can refuse it by name; of a larger one, the transport may
+# say no more than that it is too much.
+_READ_BYTES_MAX = 256 << 10
 # Each refusal means that somebody else has just written.
 _REFUSALS_MAX = 20
 
@@ -96,6 +100,8 @@ class Saver:
     def __init__(self, run: Callable[[Operation[Any]], Any], again: Callable[["Session"], None]) -> None:
         self._run = run
         self._again = again
+        self._limits = codec.DEFAULT_LIMITS
+        self._asked = False
 
     def read(self, session: "Session", record: Record) -> None:
         """Bring an object up to date if it has no unsaved changes, else leave it."""
@@ -132,7 +138,7 @@ class Saver:
         _check(session, local, baseline)
         refusals = 0
         try:
-            while (step := next_step(baseline, local)) is not None:
+            while (step := self._next(baseline, local)) is not None:
                 if baseline.behind and not isinstance(step, Append):
                     local = self._merge(session, record, local)
                     continue
@@ -143,6 +149,9 @@ class Saver:
                     if refusals == _REFUSALS_MAX:
                         raise
                     local = self._merge(session, record, local, refusal)
+                except TooLargeError as refusal:
+                    if not self._take_limit(refusal, step):
+                        raise
                 except InvalidArgumentError as error:
                     if error.metadata.get("field") != "create_time" or not _has_own_time(session, record):
                         raise _in_session(error, session.key, step) from error
@@ -155,6 +164,47 @@ class Saver:
         finally:
             if local.lines[: len(baseline.lines)] == baseline.lines:
                 baseline.watch(session.messages)
+
+    def _next(self, baseline: Baseline, local: Local) -> Step | None:
+        """The next thing to send, in batches that the daemon takes, as far as is known."""
+        step = next_step(baseline, local, self._limits)
+        if self._asked or step is None or isinstance(step, Update):
+            return self._fitting(step)
+        if sum(map(len, step.lines)) <= _READ_BYTES_MAX:
+            return step
+        limits = self._run(ops.info()).limits
+        self._asked = True
+        self._lower("batch_messages_max", limits.batch_messages_max)
+        self._lower("batch_bytes_max", limits.batch_bytes_max)
+        return self._fitting(next_step(baseline, local, self._limits))
+
+    def _fitting(self, step: Step | None) -> Step | None:
+        """The step, unless it is a replacement that the daemon does not take, and that cannot be divided."""
+        size_bytes = sum(len(line) + 1 for line in step.lines) if isinstance(step, Replace) else 0
+        if size_bytes > self._limits.batch_bytes_max:
+            limit = self._limits.batch_bytes_max
+            text = f"the replacement has {size_bytes} bytes; the limit is {limit}. Save between such changes."
+            metadata = {"size_bytes": str(size_bytes), "limit_bytes": str(limit)}
+            raise error_for("BATCH_TOO_LARGE", text, metadata)
+        return step
+
+    def _take_limit(self, refusal: TooLargeError, step: Step) -> bool:
+        """Whether what a refused batch held can be sent in smaller ones."""
+        if not isinstance(step, Create | Append) or len(step.lines) < 2:
+            return False
+        match refusal.reason:
+            case "BATCH_TOO_MANY":
+                return self._lower("batch_messages_max", int(refusal.metadata.get("limit", 0)))
+            case "BATCH_TOO_LARGE":
+                return self._lower("batch_bytes_max", int(refusal.metadata.get("limit_bytes", 0)))
+        return False
+
+    def _lower(self, name: str, limit: int) -> bool:
+        """Take a limit of the daemon's if it is lower than the one that is known."""
+        if not 0 < limit < getattr(self._limits, name):
+            return False
+        self._limits = replace(self._limits, **{name: limit})
+        return True
 
     def _resume(self, session: "Session", record: Record) -> bool:
         """Send the write again whose outcome is not known, if any; True if it is now acknowledged."""

@@ -266,6 +266,29 @@ def test_more_messages_than_one_call_takes(here: SessionManager, store: SessionS
     assert session.last_consolidated == 50
 
 
+@pytest.mark.parametrize(
+    ("limit", "text"),
+    [(("--batch-messages-max", "100"), "x"), (("--batch-bytes-max", "20000"), "x" * 1000),
+     (("--batch-bytes-max", "20000"), "x" * 10_000)],
+    ids=["messages", "bytes", "more than the transport reads"],
+)  # fmt: skip
+def test_more_messages_than_one_call_takes_where_that_is_configured(
+    make_daemon: Any, make_manager: Callable[..., SessionManager], limit: tuple[str, ...], text: str
+) -> None:
+    daemon = make_daemon(flags=limit).start()
+    here, there = make_manager(daemon.address), make_manager(daemon.address)
+    session = here.get_or_create("k")
+    session.messages = [user(f"{n} {text}") for n in range(150)]
+    here.save(session)  # created
+    session.messages += [user(f"{n} {text}") for n in range(150, 400)]
+    here.save(session)
+    assert there.get_or_create("k").messages == session.messages
+    session.messages = [user(f"other {n} {text}") for n in range(150)]
+    with pytest.raises(TooLargeError):
+        here.save(session)
+    assert len(make_manager(daemon.address).get_or_create("k").messages) == 400
+
+
 def test_a_failed_read_after_an_acknowledged_write_denies_nothing(
     here: SessionManager, store: SessionStore, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
