@@ -35,7 +35,6 @@ def main() -> None:
     """Serve a directory of conversation sessions to many processes and machines."""
 
 
-main.add_command(restore)
 
 
 def _settings_options(command: Command) -> Command:
@@ -211,3 +210,4 @@ def show_config(file: Path | None, **flags: Value | None) -> None:
 
 main.add_command(offline.check)
 main.add_command(offline.repair)
+main.add_command(restore)
