@@ -35,8 +35,6 @@ def main() -> None:
     """Serve a directory of conversation sessions to many processes and machines."""
 
 
-
-
 def _settings_options(command: Command) -> Command:
     """One flag per setting, and --config."""
     for setting in reversed(list(SETTINGS.values())):

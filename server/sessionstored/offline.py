@@ -99,6 +99,7 @@ def repair(data: str | None, file: Path | None, keys: tuple[str, ...], yes: bool
     from sessionstored import reporting
     from sessionstored.engine import StartError
     from sessionstored.engine.jsonl.checking import Check
+    from sessionstored.engine.jsonl.disk import Disk
     from sessionstored.engine.jsonl.findings import REPAIRABLE, Remedy
     from sessionstored.engine.jsonl.repairing import RepairFailed, opened
     from sessionstored.engine.jsonl.store import Directory, kept_unowned
@@ -120,7 +121,7 @@ def repair(data: str | None, file: Path | None, keys: tuple[str, ...], yes: bool
             plan = [each for each in wanted if each.remedy in REPAIRABLE]
             if not plan or not (yes or _agreed(len(plan))):
                 sys.exit(EXIT_DAMAGED)
-        directory = Directory(path)
+        directory = Directory(path, Disk())
         try:
             with opened(directory, configured.limits()) as repairing:
                 done = [repairing.mend(each, keep_suspect=keep_suspect) for each in plan if each.key]

@@ -14,6 +14,7 @@ from crash.workspaces import BAD, EXPECTED, TORN, copy_workspace
 from engines import done
 from sessionstored.engine import StartError
 from sessionstored.engine.jsonl.checking import Check
+from sessionstored.engine.jsonl.disk import Disk
 from sessionstored.engine.jsonl.findings import Remedy, Verdict
 from sessionstored.engine.jsonl.store import Directory, kept_unowned
 from sessionstored.rules import Append, Delete, Pop, Update
@@ -69,7 +70,7 @@ async def test_what_waits_in_the_journal_is_well(killed: Path) -> None:
 
 
 async def test_it_reads_a_running_store_only_if_nobody_owns_it(clean: Path, fast_path: Path) -> None:
-    owner = Directory(clean)
+    owner = Directory(clean, Disk())
     owner.announce(["unix:/run/x"])
     before = everything(clean)
     with pytest.raises(StartError, match=f"process {os.getpid()}, unix:/run/x"), kept_unowned(clean):
@@ -77,7 +78,7 @@ async def test_it_reads_a_running_store_only_if_nobody_owns_it(clean: Path, fast
     assert everything(clean) == before
     owner.close()
     with kept_unowned(clean), kept_unowned(clean), pytest.raises(StartError, match="a check"):
-        Directory(clean)
+        Directory(clean, Disk())
     with kept_unowned(fast_path):  # no LOCK, nobody
         pass
 
@@ -200,7 +201,8 @@ async def test_what_became_of_a_file_while_changes_waited(killed: Path, how: str
             add(path, X)
         case "rotted":
             rot(path, b'"a"', b'"x"')
-    remedy = {"missing": Remedy.REMOVE, "added": Remedy.OPEN}.get(how, Remedy.TAKE)
+    others = {"missing": Remedy.REMOVE, "added": Remedy.OPEN, "rotted": Remedy.MEND}
+    remedy = others.get(how, Remedy.TAKE)
     assert verdicts(killed)["k"] == (DAMAGED, remedy)
     async with opened(killed):
         pass

@@ -1,6 +1,7 @@
 """`sessionstored repair`: what can be read is served again, and no byte is lost, wherever the repair ends."""
 
 import asyncio
+import errno
 import os
 import random
 import shutil
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 from crash.by_hand import A, B, C, crashed, opened, refusal, revision, round_of, says
 from crash.directories import check, everything, rot, verdicts
-from crash.disks import FullDisk, PowerDisk, copy_of, power_cut_copy_of
-from crash.faults import FailingDisk, Plan, failing_vfs
+from crash.disks import FullDisk, PowerDisk, WatchedDisk, copy_of, power_cut_copy_of
+from crash.faults import Plan, failing_vfs
 from crash.test_edited_files import X, add, edit, file_of
 from crash.workspaces import BAD, EXPECTED, TORN, copy_workspace, quarantined, raw_messages
 from engines import done, lines, read
@@ -38,7 +39,7 @@ def mend(
     """Repair everything that a check finds, or what it found before."""
     if plan is None:
         plan = [each for each in check(data)[0] if each.remedy in REPAIRABLE]
-    directory = Directory(data)
+    directory = Directory(data, disk or Disk())
     try:
         with opened_for_repair(directory, Limits(), disk=disk, vfs=vfs) as repair:
             return [repair.mend(each, **how) for each in plan if each.key]
@@ -130,6 +131,32 @@ async def test_only_what_may_have_rotted_goes(fast_path: Path) -> None:
         assert head.update_time_us >= before.update_time_us
         await done(engine, Append("k", [C]))
     assert seed_reads(data, "k") == N - finding.suspect + 1
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["stopped", "killed"])
+async def test_what_the_daemon_met_first_is_mended_alike(fast_path: Path, killed: bool) -> None:
+    """A session that it condemned for a wrong block: what stands there is to be believed no more."""
+    data = fast_path / "data"
+    async with opened(data) as engine:
+        await done(engine, Append("k", LONG))
+        await round_of(engine)
+        await done(engine, Append("k", [C]))
+        if killed:
+            data = await crashed(engine, fast_path / "killed")
+    rot(data / "sessions" / "k.jsonl", b'"n": 100', b'"n": 900')
+    async with opened(data) as engine:
+        assert (await refusal(engine, "k")).reason == "DATA_LOSS"
+    found, _ = check(data)
+    assert found[0].remedy is Remedy.MEND
+    (report,) = await mended(data)
+    assert report.mended
+    async with opened(data) as engine:
+        slice = await read(engine, "k")
+        assert len(slice.lines) == N + 1 - found[0].suspect
+        assert not [line for line in slice.lines if line not in [*LONG, C]]
+        assert slice.lines[-1] == C
+        assert "repaired" in slice.head.damage
+        assert ("waited" in slice.head.damage) == killed
 
 
 @pytest.mark.parametrize("consolidated", [0, 50, 100, 150, N])
@@ -249,15 +276,24 @@ async def test_a_full_disk_leaves_everything_as_it_was_until_there_is_room(clean
     rot(file_of(clean), b'"a"', b'"x"')
     rotten = file_of(clean).read_bytes()
     plan = [each for each in check(clean)[0] if each.remedy in REPAIRABLE]
-    for room in (0, 10, len(rotten), len(rotten) + 10):
+    said: set[str] = set()
+    for room in range(0, 10_000, 50):
         disk = FullDisk()
         disk.room = room
-        (report,) = await asyncio.to_thread(lambda disk=disk: mend(clean, plan, disk))
-        assert (report.mended, "make room" in report.what) == (False, True)
+        try:
+            (report,) = await asyncio.to_thread(lambda disk=disk: mend(clean, plan, disk))
+        except StartError as full:
+            said.add(str(full).partition(": ")[2])
+            continue
+        if report.mended:
+            break
+        said.add(report.what)
         assert file_of(clean).read_bytes() == rotten
         assert verdicts(clean)["k"] == (Verdict.DAMAGED, Remedy.MEND)
-    (report,) = await mended(clean)
-    assert report.mended
+    assert said == {
+        "make room, then start again",
+        "the disk is full: make room, and repair again",
+    }
     assert quarantined(clean) == [rotten]
 
 
@@ -295,6 +331,16 @@ def tear(data: Path) -> None:
 
 # What the session holds in the end.
 REWRITTEN: list[tuple[Damage, list[bytes]]] = [(rot_k, []), (break_line, [B]), (tear, [A, B])]
+
+
+def failing_disk(plan: Plan) -> Disk:
+    """Session files, quarantine and STORE fail as the journal does."""
+
+    def before(_: int, kind: str, __: Path | int) -> None:
+        if plan.step(f"file {kind}"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    return WatchedDisk(before)
 
 
 async def damaged(clean: Path, damage: Damage) -> bytes:
@@ -361,7 +407,7 @@ async def test_a_repair_whose_disk_fails_at_any_step_is_begun_again(
         reported: list[Done] = []
         try:
             with failing_vfs(failing) as vfs:
-                reported = mend(data, plan, FailingDisk(data / "sessions", failing), vfs)
+                reported = mend(data, plan, failing_disk(failing), vfs)
         except (RepairFailed, StartError, OSError):
             assert failing.failed
         if not failing.failed:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +19,7 @@ import apsw
 from sessionstored.engine import BackupItem, Page, Query, Refused, Reply, Request, Scrub, Slice
 from sessionstored.engine.jsonl import pages
 from sessionstored.engine.jsonl.backing_up import Backups
-from sessionstored.engine.jsonl.committer import STOPPING, Committer, Job, StaleFork, is_disk_full
+from sessionstored.engine.jsonl.committer import STOPPING, Committer, Job, StaleFork
 from sessionstored.engine.jsonl.damage import confirm
 from sessionstored.engine.jsonl.disk import Disk
 from sessionstored.engine.jsonl.files import FileChanged, Region, WrongBlock
@@ -463,31 +463,11 @@ class JsonlEngine:
         await self._loop.run_in_executor(None, self._close)
 
     def _close(self) -> None:
-        vault = self._vault
         self._backups.close()
         self._scrubber.stop()
         self._maintenance.stop()
-        complete = False
-        if not self._committer.failure:
-            try:
-                complete = self._maintenance.round() and self._maintenance.round()
-            except Exception as error:
-                self._stop_short(error)
-        self._committer.stop()
-        if complete and not self._committer.failure:
-            try:
-                vault.journal.wal_checkpoint()
-                vault.write_store(replace(vault.store, clean=True))
-            except Exception as error:
-                self._stop_short(error)
+        self._maintenance.finish()
         self._release()
-
-    def _stop_short(self, error: Exception) -> None:
-        """What is not in the session files is in the journal: a full disk leaves it there."""
-        if is_disk_full(error):
-            log.warning("the disk is full: the next start has to recover what the session files lack")
-        else:
-            self._committer.fail(f"{type(error).__name__}: {error}")
 
     def _release(self) -> None:
         self._readers.shutdown()

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from sessionstored.engine.jsonl.blocks import Blocks
-from sessionstored.engine.jsonl.examining import Examined, Unreadable, examine
+from sessionstored.engine.jsonl.examining import Examined, Unreadable, examine, opened
 from sessionstored.engine.jsonl.findings import Finding, Remedy, Summary, Verdict
 from sessionstored.engine.jsonl.journal import Entry
 from sessionstored.engine.jsonl.names import short_name, temporary_name
-from sessionstored.engine.jsonl.text import adopted_head
+from sessionstored.engine.jsonl.text import adopted_head, is_header
 from sessionstored.engine.jsonl.waiting import Waiting, WaitingChanges
 
 
@@ -41,7 +41,7 @@ class Inspector:
         except FileNotFoundError:
             if entry.head.key in self._renamed:
                 return None
-            detail = f"the file is missing{self._pending(entry.file)}"
+            detail = f"the file is missing{pending_text(self._quarantine, entry.file)}"
             return self._not_served(entry, detail, Remedy.REMOVE)
         except Unreadable as error:
             return self._not_served(entry, str(error), Remedy.HAND)
@@ -73,8 +73,11 @@ class Inspector:
         """The verdict on a file that nobody edited."""
         head = entry.head
         if entry.bad_line < 0:
-            detail = f"{head.damage}{self._pending(entry.file)}"
-            return self._not_served(entry, detail, Remedy.TAKE, examine(self._sessions / entry.file))
+            path = self._sessions / entry.file
+            rotten = rotted(entry, self._sessions, self._quarantine)
+            detail = f"{head.damage}{pending_text(self._quarantine, entry.file)}"
+            remedy = Remedy.MEND if rotten else Remedy.TAKE
+            return self._not_served(entry, detail, remedy, examine(path, entry.blocks if rotten else None))
         if entry.bad_line:
             detail = f"line {entry.bad_line} cannot be read"
             return self._not_served(entry, detail, Remedy.MEND, found, entry.bad_line)
@@ -88,15 +91,6 @@ class Inspector:
         if head.damage:
             return _finding(Verdict.MARKED, entry, head.damage, Remedy.CLEAR, found)
         return _finding(Verdict.OK, entry, "", Remedy.NONE, found)
-
-    def _pending(self, name: str) -> str:
-        """Where the changes are that waited for a file when somebody changed it."""
-        prefix = short_name(name) + "."
-        names = os.listdir(self._quarantine) if self._quarantine.is_dir() else ()
-        kept = sorted(each for each in names if each.startswith(prefix) and each.endswith(".pending"))
-        return (
-            "; what waited for it is in " + ", ".join(f"quarantine/{each}" for each in kept) if kept else ""
-        )
 
     def _edited(self, entry: Entry, path: Path, size: int) -> Finding:
         """The verdict on a clean file whose fingerprint is another."""
@@ -118,8 +112,11 @@ class Inspector:
         if trouble is not None:
             self._summary.not_served += bool(trouble.line)
             return replace(trouble, detail=f"edited: {trouble.detail}")
-        if found.kept < head.message_count and not entry.bad_line:
+        cut = found.size < entry.size and found.mtime_ns == entry.mtime_ns
+        if (found.kept < head.message_count or cut) and not entry.bad_line:
             detail = f"edited: it holds {found.kept} messages, and held {head.message_count}"
+            if found.kept >= head.message_count:
+                detail = f"it lost its last {entry.size - found.size} bytes, and was not edited"
             if found.size == 0:
                 return self._not_served(entry, detail, Remedy.TAKE, found)
             return _finding(Verdict.DAMAGED, entry, detail, Remedy.OPEN, found)
@@ -153,11 +150,12 @@ class Inspector:
         if found.size < blocks.length:
             detail = "the file is shorter than it was when changes began to wait"
             return self._condemned(key, file, detail, Remedy.TAKE, examine(path))
+        ours = self._waiting.ours.wrote(key, name, self._beyond(path, blocks.length))
         if found.wrong:
             detail = "changes wait, and the file before them is not what it was: edited, or damaged"
-            return self._condemned(key, file, detail, Remedy.TAKE, examine(path))
-        beyond = self._beyond(path, blocks.length)
-        if not self._waiting.ours.wrote(key, name, beyond):
+            remedy = Remedy.MEND if ours else Remedy.TAKE
+            return self._condemned(key, file, detail, remedy, examine(path, blocks if ours else None))
+        if not ours:
             detail = "it ends with bytes that the journal does not have"
             return Finding(Verdict.DAMAGED, file, key, detail, Remedy.OPEN, kept=waiting.head.message_count)
         return self._waits(key, file, waiting)
@@ -221,3 +219,42 @@ def _contradiction(entry: Entry, found: Examined) -> str:
     if (said.metadata, said.last_consolidated) != (head.metadata, head.last_consolidated):
         return "its last header does not say what the catalogue says"
     return ""
+
+
+def rotted(entry: Entry, sessions: Path, quarantine: Path) -> bool:
+    """Whether a condemned session's file may still be ours, byte by byte where its checksums are right.
+
+    It is if it has the length that it should have, and ends with what waited for it. Another one was edited:
+    its checksums tell nothing.
+
+    Raises:
+        FileNotFoundError, Unreadable: as `opened`.
+
+    """
+    with opened(sessions / entry.file) as (file, stat):
+        size = stat.st_size
+        file.seek(min(size, entry.blocks.length))
+        beyond = file.read()
+    waited = {line for name in _pending(quarantine, entry.file) for line in _lines(quarantine / name)}
+    *lines, rest = beyond.split(b"\n")
+    known = all(not line or line in waited or is_header(line) for line in lines)
+    return (
+        size >= entry.blocks.length and known and (not rest or any(line.startswith(rest) for line in waited))
+    )
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().split(b"\n")
+
+
+def _pending(quarantine: Path, name: str) -> list[str]:
+    """The files with the changes that waited for a session file when it was condemned."""
+    prefix = short_name(name) + "."
+    names = os.listdir(quarantine) if quarantine.is_dir() else ()
+    return sorted(each for each in names if each.startswith(prefix) and each.endswith(".pending"))
+
+
+def pending_text(quarantine: Path, name: str) -> str:
+    """Where the changes are that waited for a file, to be added to a sentence; empty if there are none."""
+    kept = _pending(quarantine, name)
+    return "; what waited for it is in " + ", ".join(f"quarantine/{each}" for each in kept) if kept else ""

@@ -13,13 +13,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import apsw
 
 from sessionstored.engine import Refused
-from sessionstored.engine.jsonl.committer import Committer
+from sessionstored.engine.jsonl.committer import Committer, is_disk_full
 from sessionstored.engine.jsonl.damage import condemn
 from sessionstored.engine.jsonl.files import FileChanged, Region
 from sessionstored.engine.jsonl.journal import Entry, StoredRequest
@@ -100,6 +100,29 @@ class Maintenance:
         self._stop.set()
         self._wake.set()
         self._thread.join()
+
+    def finish(self) -> None:
+        """Complete the files, end the committer, and mark the store clean if all is in its files."""
+        complete = self._last(lambda: self.round() and self.round())
+        self._committer.stop()
+        if complete:
+            self._last(self._mark_clean)
+
+    def _last(self, step: Callable[[], bool]) -> bool:
+        """One of the last steps; a full disk leaves in the journal what is not in the session files."""
+        try:
+            return not self._committer.failure and step()
+        except Exception as error:
+            if is_disk_full(error):
+                log.warning("the disk is full: the next start has to recover what the session files lack")
+            else:
+                self._committer.fail(f"{type(error).__name__}: {error}")
+            return False
+
+    def _mark_clean(self) -> bool:
+        self._vault.journal.wal_checkpoint()
+        self._vault.write_store(replace(self._vault.store, clean=True))
+        return True
 
     def _run(self) -> None:
         while not self._stop.is_set():

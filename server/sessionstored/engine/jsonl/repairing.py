@@ -18,16 +18,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-import apsw
-
 from sessionstored.engine import Refused, Request
 from sessionstored.engine.jsonl import DEFAULT_TUNING
 from sessionstored.engine.jsonl.adoption import Unadoptable, adopt
-from sessionstored.engine.jsonl.committer import Committer, Job
+from sessionstored.engine.jsonl.committer import Committer, Job, is_disk_full
 from sessionstored.engine.jsonl.disk import Disk
 from sessionstored.engine.jsonl.examining import Examined, Unreadable, examine
 from sessionstored.engine.jsonl.files import FileChanged
 from sessionstored.engine.jsonl.findings import Finding, Remedy
+from sessionstored.engine.jsonl.inspecting import pending_text, rotted
 from sessionstored.engine.jsonl.journal import Entry
 from sessionstored.engine.jsonl.maintenance import Maintenance
 from sessionstored.engine.jsonl.opening import open_vault
@@ -139,8 +138,7 @@ class Repair:
             return future.result()
         if isinstance(error, _LeftAlone):
             raise error
-        full = isinstance(error, apsw.FullError) or (isinstance(error, OSError) and Vault.is_full(error))
-        if full:
+        if is_disk_full(error):
             raise _LeftAlone("the disk is full: make room, and repair again") from error
         self._committer.fail(f"{type(error).__name__}: {error}")
         raise RepairFailed(self._committer.failure) from error
@@ -179,7 +177,12 @@ class _Mending:
         """Do it; returns what was done."""
         entry = self._entry()
         remedy = self._finding.remedy
-        taken = entry.bad_line < 0
+        files = self._vault.files
+        condemned = entry.bad_line < 0
+        try:
+            taken = condemned and not rotted(entry, files.sessions, files.quarantine)
+        except (FileNotFoundError, Unreadable) as error:
+            raise _LeftAlone(str(error)) from error
         if taken:
             if remedy is not Remedy.TAKE:
                 raise _LeftAlone(_ANOTHER)
@@ -206,6 +209,8 @@ class _Mending:
             return f"the file was written anew: {found.kept} messages"
         aside = self._set_aside(entry)
         note = f"repaired {_now()}: {_loss(found)}; the file as it was is in quarantine/{aside}"
+        if condemned and not taken:
+            note += pending_text(files.quarantine, entry.file)
         earlier = "" if entry.bad_line and not taken else entry.head.damage
         head = replace(
             entry.head,
