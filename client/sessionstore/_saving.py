@@ -149,10 +149,9 @@ class Saver:
                     if refusals == _REFUSALS_MAX:
                         raise
                     local = self._merge(session, record, local, refusal)
-                except TooLargeError as refusal:
-                    if not self._take_limit(refusal, step):
-                        raise
                 except InvalidArgumentError as error:
+                    if isinstance(error, TooLargeError) and self._take_limit(error, step):
+                        continue
                     if error.metadata.get("field") != "create_time" or not _has_own_time(session, record):
                         raise _in_session(error, session.key, step) from error
                     record.created_at = session.created_at  # beyond the daemon's clock, which then counts
