@@ -144,6 +144,7 @@ class Calls(grpc.aio.ServerInterceptor):
 
     def _stream(self, method: str, behaviour: Stream, read: Reader) -> RawStream:
         async def guarded(request: bytes, context: Context) -> AsyncGenerator[Message, None]:
+            reply: Message | None = None
             try:
                 with self._under_way(len(request)):
                     begun = False
@@ -159,7 +160,7 @@ class Calls(grpc.aio.ServerInterceptor):
                 if context.done():  # the caller went away: sending failed, and nobody hears why
                     return
                 refusal = _refusal(error, method)
-            del request  # see _abort
+            del request, reply  # see _abort
             await _abort(context, refusal)
 
         return guarded
@@ -248,8 +249,8 @@ async def _abort(context: Context, refusal: Refusal) -> NoReturn:
     """End a call with a refusal.
 
     What gRPC raises here is part of a cycle, and stays until garbage is collected, which goes by the number
-    of objects and not by their size. So nothing large may hang on it: no request in the frame that calls
-    this, and no exception under way, whose traceback has more such frames.
+    of objects and not by their size. So nothing large may hang on it: no request or reply in the frame that
+    calls this, and no exception under way, whose traceback has more such frames.
     """
     details = status.to_status(refusal)
     await context.abort(

@@ -56,7 +56,9 @@ _OPENING_S_MAX = 2.0
 _log = logging.getLogger(__name__)
 
 
-async def serve(config: Config, ready: Callable[[Sequence[str]], None], *, accept_loss: bool = False) -> int:
+async def serve(
+    config: Config, ready: Callable[[Sequence[str]], None], *, accept_loss: bool = False
+) -> int:
     """Serve until a signal or a storage failure.
 
     Args:
@@ -254,13 +256,13 @@ def _options(config: Config) -> list[tuple[str, int]]:
         # concurrent_calls_max to say.
         ("grpc.server.max_pending_requests", _CALLS_MAX),
         ("grpc.server.max_pending_requests_hard_limit", _CALLS_MAX),
-        # Idle agents hold connections for days: let them ask whether it still lives, and find out when they
-        # are gone.
-        ("grpc.keepalive_permit_without_calls", 1),
         # What arrives of a message before it is read is for Arrivals to bound: without these, gRPC takes in
         # megabytes of each.
         ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.lookahead_bytes", _LOOKAHEAD_BYTES),
+        # Idle agents hold connections for days: let them ask whether it still lives, and find out when they
+        # are gone.
+        ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
