@@ -373,7 +373,8 @@ class Maintenance:
                 vault.clean(state)
                 vault.forget(state)
             for one in captured.complete:
-                vault.release_name(one.entry.file)
+                if one.state.head is not None and one.state.file is one.file:  # else it has no row, perhaps
+                    vault.release_name(one.entry.file)
 
     def _shorten_wal(self) -> None:
         """Move the write-ahead log into the database: most of it beside the committer, the rest within."""
