@@ -4,6 +4,10 @@ An ext4 image on a small tmpfs, mounted through a loop device. A cut is EXT4_IOC
 its log: from then on nothing reaches the device, and what did not reach it is gone after the next mount. The
 device fails while the tmpfs is filled up: blocks that hold nothing yet cannot be written then. So a flush of
 new data reports an error, perhaps only once, and the page cache goes on to show what is not on the device.
+
+A cut takes a moment, in which a flush may still report success. Measured with nothing but fdatasync in a
+loop, over 300 cuts: 42 flushes ended after the cut had begun, and of these 21 were not there after the next
+mount; all that had ended before it were. Whoever judges takes a cut's beginning as the end of every answer.
 """
 
 import fcntl

@@ -125,7 +125,7 @@ class Storm:
         for process in self._processes:
             process.wait(PATIENCE_S)
         self._look_after_writers()
-        records = self._records()
+        records = self._records(tally)
         final = {key: _final(self._daemon, key) for key in (*KEYS, *FORKS)}
         assert self._daemon.terminate() == 0, self._daemon.stderr
         damaged = {record.key for record in records if record.outcome == DAMAGED}
@@ -146,10 +146,10 @@ class Storm:
         took = time.monotonic() - begun
         tally.notes.append(f"{len(records):,} calls, {reads:,} of them reads, checked in {took:.1f} s")
 
-    def _records(self) -> list[Operation]:
+    def _records(self, tally: Tally) -> list[Operation]:
         """What every process was answered while there was power."""
         records = [operation_of(line) for log in self._logs for line in log.read_bytes().splitlines()]
-        found = []
+        found, late = [], 0
         for record in records:
             power_off = self._power_off(record)
             no_loss = record.outcome == DAMAGED or (power_off and record.kind == READ)
@@ -157,6 +157,11 @@ class Storm:
                 continue
             heard = not (power_off and record.outcome == ACKNOWLEDGED)
             found.append(record if heard else replace(record, outcome=UNKNOWN))
+            late += not heard
+        if late:
+            tally.notes.append(
+                f"{late} changes were acknowledged after the power was off: held to be unknown"
+            )
         return bounded(found, self._deaths_ns)
 
     def _power_off(self, record: Operation) -> bool | None:
