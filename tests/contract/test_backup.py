@@ -499,6 +499,10 @@ def test_a_restore_that_did_not_finish_is_no_store(backup, make_daemon, tmp_path
     with pytest.raises(DaemonDied, match="did not finish"):
         make_daemon(data, store="jsonl").start()
     assert "did not finish" in refused(backup, data)
+    for command in ("check", "repair"):
+        done = run("sessionstored", command, "--data", data)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "did not finish" in done.stderr
 
 
 def test_a_damaged_session_is_named_by_both_and_the_rest_is_served(make_daemon, tmp_path):

@@ -13,7 +13,14 @@ from sessionstored.engine.jsonl.disk import Disk
 from sessionstored.engine.jsonl.files import FULL, SessionFiles
 from sessionstored.engine.jsonl.journal import FormatError, Journal
 from sessionstored.engine.jsonl.recovery import Recovery
-from sessionstored.engine.jsonl.store import Directory, StoreFile, full, new_store, with_ceiling
+from sessionstored.engine.jsonl.store import (
+    Directory,
+    StoreFile,
+    full,
+    new_store,
+    refuse_unfinished,
+    with_ceiling,
+)
 from sessionstored.engine.jsonl.vault import Vault
 from sessionstored.rules import Limits
 
@@ -37,11 +44,7 @@ def open_vault(
         StartError: something is lost, damaged or in the way.
 
     """
-    if directory.restoring.exists():
-        raise StartError(
-            f"a restore into {directory.path} did not finish ({directory.restoring.name} is there): "
-            "empty the directory and restore again"
-        )
+    refuse_unfinished(directory.path)
     try:
         store = directory.read_store()
         directory.remove_backup_folders()

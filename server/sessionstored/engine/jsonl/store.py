@@ -23,6 +23,7 @@ from sessionstored.engine.jsonl.files import FULL
 
 FORMAT = 1
 REVISIONS_RESERVED = 1_000_000
+_RESTORING = "RESTORING"
 _BACKUP_FOLDER = re.compile(r"\.backup-[0-9a-f]{32}")
 
 
@@ -69,7 +70,7 @@ class Directory:
         self.sessions = path / "sessions"
         self.quarantine = path / "quarantine"
         self.journal = path / "journal.db"
-        self.restoring = path / "RESTORING"
+        self.restoring = path / _RESTORING
         """There while a restore is under way: what is here is no store yet."""
         try:
             for folder in (path, self.sessions, self.quarantine):
@@ -162,12 +163,13 @@ def kept_unowned(path: Path) -> Iterator[None]:
     """Keep every daemon away from a directory, without changing anything in it.
 
     Raises:
-        StartError: a daemon owns it, or LOCK cannot be read.
+        StartError: a daemon owns it, LOCK cannot be read, or a restore into it did not finish.
 
     """
     try:
         lock = os.open(path / "LOCK", os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:  # no daemon was ever here
+        refuse_unfinished(path)
         yield
         return
     except OSError as error:
@@ -177,9 +179,19 @@ def kept_unowned(path: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise _owned(path, lock) from error
+        refuse_unfinished(path)
         yield
     finally:
         os.close(lock)
+
+
+def refuse_unfinished(path: Path) -> None:
+    """What a restore began and did not finish is no store. Raises StartError."""
+    if (path / _RESTORING).exists():
+        raise StartError(
+            f"a restore into {path} did not finish ({_RESTORING} is there): empty the directory and "
+            "restore again"
+        )
 
 
 def read_store(path: Path) -> StoreFile | None:
