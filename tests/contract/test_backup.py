@@ -475,6 +475,12 @@ def test_a_newer_backup_is_refused_by_name(backup, tmp_path):
         assert "use a newer sessionstored" in refused(backup, tmp_path / "data")
 
 
+def test_a_relative_directory_is_as_good_as_any(backup, make_daemon, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    restore(Path("backup"), Path("restored"))
+    assert set(stored(make_daemon(tmp_path / "restored", store="jsonl").start())) == {"a", "torn"}
+
+
 def test_nothing_is_restored_over_anything(backup, make_daemon, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/file").write_text("mine")

@@ -83,7 +83,7 @@ class Catalogue:
 
     def __init__(self, path: Path) -> None:
         self._db = apsw.Connection(
-            f"{path.as_uri()}?immutable=1",
+            f"{path.absolute().as_uri()}?immutable=1",
             flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI,
             vfs=pages.CHECKSUM_VFS,
         )
