@@ -161,6 +161,7 @@ async def test_files_that_nobody_knows(clean: Path) -> None:
     (sessions / "torn.jsonl").write_bytes(A + b"\n" + B[:9])
     (sessions / "bad.jsonl").write_bytes(A[:9] + b"\n" + B)
     (sessions / "%FF.jsonl").write_bytes(A)
+    (sessions / os.fsdecode(b"\xff.jsonl")).write_bytes(A)
     (sessions / ".k.jsonl.7.tmp").write_bytes(A)
     (sessions / "notes.txt").write_bytes(A)
     found, summary = check(clean)
@@ -169,7 +170,7 @@ async def test_files_that_nobody_knows(clean: Path) -> None:
         "torn": (DAMAGED, 0),
         "bad": (DAMAGED, 1),
     }
-    assert (summary.temporary_files, summary.left_alone, summary.not_served) == (1, 2, 1)
+    assert (summary.temporary_files, summary.left_alone, summary.not_served) == (1, 3, 1)
 
 
 async def test_two_files_that_claim_one_key_are_both_named(clean: Path) -> None:

@@ -40,6 +40,7 @@ from sessionstored.engine.jsonl.blocks import BLOCK_BYTES, Blocks
 from sessionstored.engine.jsonl.committer import STOPPING, Committer
 from sessionstored.engine.jsonl.files import FULL
 from sessionstored.engine.jsonl.keeping import READING, Keeper
+from sessionstored.engine.jsonl.names import is_text
 from sessionstored.engine.jsonl.snapshot import Cataloged, Catalogue, Snapshot
 from sessionstored.engine.jsonl.store import FORMAT
 from sessionstored.engine.jsonl.vault import Vault
@@ -221,7 +222,7 @@ class _Backup:
                 if refusal is not None
                 for file in vault.claims[key][1:]
             ],
-            [name for name in os.listdir(vault.files.quarantine) if _is_text(name)],
+            [name for name in os.listdir(vault.files.quarantine) if is_text(name)],
         )
 
     def _everything(
@@ -304,11 +305,6 @@ def _mismatch(blocks: Blocks, offset: int, data: bytes) -> str:
             first = offset + start
             return f"bytes {first} to {first + BLOCK_BYTES} do not match their checksum"
     return ""
-
-
-def _is_text(name: str) -> bool:
-    """Whether a file's name can be sent: what the store itself makes is text."""
-    return not any("\ud800" <= c <= "\udfff" for c in name)
 
 
 def _size(path: Path) -> int:

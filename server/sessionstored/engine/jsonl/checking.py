@@ -23,7 +23,7 @@ from sessionstored.engine.jsonl.examining import Unreadable, examine
 from sessionstored.engine.jsonl.findings import Finding, Remedy, Summary, Verdict
 from sessionstored.engine.jsonl.inspecting import Inspector, beyond_adoption
 from sessionstored.engine.jsonl.journal import FormatError, Journal
-from sessionstored.engine.jsonl.names import SUFFIX, is_temporary_name
+from sessionstored.engine.jsonl.names import SUFFIX, is_temporary_name, is_text
 from sessionstored.engine.jsonl.ours import known_length
 from sessionstored.engine.jsonl.records import DamagedRow, read_row
 from sessionstored.engine.jsonl.store import NewerFormatError, StoreFile, read_store
@@ -84,7 +84,9 @@ class Check:
         summary = self.summary
         if self._sessions.is_dir():
             for entry in os.scandir(self._sessions):
-                if is_temporary_name(entry.name):
+                if not is_text(entry.name):
+                    summary.left_alone += 1
+                elif is_temporary_name(entry.name):
                     self._temporaries.add(entry.name)
                 elif entry.name.endswith(SUFFIX) and entry.is_file(follow_symlinks=False):
                     self._names.append(entry.name)
@@ -253,11 +255,10 @@ class Check:
         """What adoption would make of a file; None if it is left alone."""
         file = f"sessions/{name}"
         try:
-            name.encode()
             found = examine(self._sessions / name)
             self.summary.bytes_read += found.size
             key = claimed_key(found.scan, name)
-        except (UnicodeEncodeError, Unadoptable, FileNotFoundError):
+        except (Unadoptable, FileNotFoundError):
             self.summary.left_alone += 1
             return None
         except Unreadable as error:

@@ -45,6 +45,11 @@ def key_of_file_name(name: str) -> str:
     return unquote(name.removesuffix(SUFFIX), errors="strict") if "%" in name else name.removesuffix(SUFFIX)
 
 
+def is_text(name: str) -> bool:
+    """Whether a file's name is UTF-8; what the store itself makes is."""
+    return not any("\ud800" <= c <= "\udfff" for c in name)
+
+
 def short_name(name: str) -> str:
     """The name, or a digest of it if marks around it would make it too long, as adopted names may be."""
     if len(name.encode()) <= _FILE_NAME_BYTES_MAX - _MARKS_BYTES_MAX:
