@@ -8,6 +8,7 @@ import pytest
 from crash.by_hand import A, B, C, D, crashed, opened, round_of
 from crash.directories import check, everything, rot, verdicts
 from crash.disks import WatchedDisk, copy_of, journal_of
+from crash.small_disks import cannot_mount, tmpfs
 from crash.test_damaged_journal import LOG, crashed_with_commits, flip, frame
 from crash.test_edited_files import X, add, edit, file_of
 from crash.workspaces import BAD, EXPECTED, TORN, copy_workspace
@@ -81,6 +82,25 @@ async def test_it_reads_a_running_store_only_if_nobody_owns_it(clean: Path, fast
         Directory(clean, Disk())
     with kept_unowned(fast_path):  # no LOCK, nobody
         pass
+
+
+@pytest.mark.skipif(bool(cannot_mount()), reason=cannot_mount())
+async def test_a_temporary_directory_without_room_is_no_damage(
+    killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+    copied = sum((killed / name).stat().st_size for name in ("journal.db", LOG)) // 1024
+    for room_kib in range(copied - 8, copied + 96, 8):
+        with tmpfs(tmp_path / f"{room_kib} KiB", room_kib) as small:
+            monkeypatch.setattr("tempfile.tempdir", str(small))
+            try:
+                found, _ = check(killed)
+            except StartError as error:
+                seen.add(f"the temporary directory {small} has no room for a copy" in str(error))
+            else:
+                assert not [each for each in found if each.verdict is DAMAGED], room_kib
+                seen.add("checked")
+    assert seen == {True, "checked"}
 
 
 async def test_a_directory_that_is_no_store_is_refused(fast_path: Path) -> None:

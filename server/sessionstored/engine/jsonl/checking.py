@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 import apsw
 
@@ -20,6 +20,7 @@ from sessionstored.engine import StartError
 from sessionstored.engine.jsonl import pages
 from sessionstored.engine.jsonl.adoption import Unadoptable, claimed_key
 from sessionstored.engine.jsonl.examining import Unreadable, examine
+from sessionstored.engine.jsonl.files import FULL
 from sessionstored.engine.jsonl.findings import Finding, Remedy, Summary, Verdict
 from sessionstored.engine.jsonl.inspecting import Inspector, beyond_adoption
 from sessionstored.engine.jsonl.journal import FormatError, Journal
@@ -58,8 +59,21 @@ class Check:
                     self.summary.verdicts[finding.verdict] += 1
                     self.summary.messages += finding.kept + finding.suspect
                     yield finding
+        except apsw.Error as error:
+            if not pages.no_room(error):
+                raise
+            raise self._no_room() from error
         except OSError as error:
+            if error.errno in FULL:
+                raise self._no_room() from error
             raise StartError(f"{self._data} cannot be checked: {error}") from error
+
+    def _no_room(self) -> StartError:
+        """Only the copy of the journal is written: this says nothing of the directory."""
+        return StartError(
+            f"{self._data} cannot be checked: the temporary directory {gettempdir()} has no room for a copy "
+            "of the journal: make some, or name another in TMPDIR"
+        )
 
     def _all(self, folder: Path) -> Iterator[Finding]:
         if not any((self._data / name).exists() for name in ("STORE", "journal.db", "sessions")):
@@ -75,7 +89,7 @@ class Check:
         try:
             yield from self._against(journal)
         except apsw.Error as error:
-            yield _journal_damage(pages.describe(error))
+            yield _unreadable(error)
         finally:
             journal.close()
 
@@ -131,7 +145,7 @@ class Check:
         except FormatError as error:
             raise StartError(f"{str(error).replace(str(folder), str(self._data))}") from error
         except apsw.Error as error:
-            yield _journal_damage(pages.describe(error))
+            yield _unreadable(error)
             return None
         wrong = _integrity(journal, store)
         yield from map(_journal_damage, wrong)
@@ -276,7 +290,14 @@ def _integrity(journal: Journal, store: StoreFile | None) -> list[str]:
         lost = journal.lost_commit() if store is not None and store.durability == "fsync" else ""
         return ([f"its log: {lost}"] if lost else []) + journal.integrity()
     except apsw.Error as error:
-        return [pages.describe(error)]
+        return [_unreadable(error).detail]
+
+
+def _unreadable(error: apsw.Error) -> Finding:
+    """The finding of an error of SQLite. Raises it again if the copy had no room, and nothing is damaged."""
+    if pages.no_room(error):
+        raise error
+    return _journal_damage(pages.describe(error))
 
 
 def _journal_damage(detail: str) -> Finding:

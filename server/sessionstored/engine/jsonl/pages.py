@@ -54,6 +54,12 @@ def check(database: Path) -> None:
             raise ChecksumsMissingError("its pages have no checksums")
 
 
+def no_room(error: apsw.Error) -> bool:
+    """Whether something could not be written, or the log's index not grow: no page was found to be wrong."""
+    unwritten = (apsw.SQLITE_IOERR_SHMSIZE, apsw.SQLITE_IOERR_WRITE)
+    return isinstance(error, apsw.FullError) or getattr(error, "extendedresult", 0) in unwritten
+
+
 def describe(error: apsw.Error) -> str:
     """An error of SQLite in words; its own for a wrong checksum are no more than "disk I/O error"."""
     if getattr(error, "extendedresult", 0) == apsw.SQLITE_IOERR_DATA:
