@@ -481,6 +481,31 @@ def test_a_relative_directory_is_as_good_as_any(backup, make_daemon, tmp_path, m
     assert set(stored(make_daemon(tmp_path / "restored", store="jsonl").start())) == {"a", "torn"}
 
 
+def test_directories_may_lie_where_their_owner_may_not_list(backup, tmp_path, monkeypatch):
+    for name in ("b", "data"):
+        (tmp_path / "above" / name).mkdir(parents=True)
+    opened = os.open
+
+    def open_(path: str | Path, flags: int, *arguments: object, **named: object) -> int:
+        if Path(path) == tmp_path / "above":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, flags, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", open_)
+    backing_up.prepare(tmp_path / "above/b")
+    assert backing_up.receive(WHOLE, tmp_path / "above/b", lambda done, total: None).file_count == 2
+    assert restoring.restore(
+        backup, tmp_path / "above/data", restoring.read_manifest(backup), lambda size: None
+    )
+
+
+def test_the_name_of_every_new_directory_is_flushed(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(backing_up, "_flush_directory", flushed.append)
+    backing_up.prepare(tmp_path / "a/b")
+    assert set(flushed) == {tmp_path, tmp_path / "a"}
+
+
 def test_nothing_is_restored_over_anything(backup, make_daemon, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/file").write_text("mine")

@@ -17,6 +17,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC
 from pathlib import Path
@@ -64,11 +65,15 @@ class Backup:
 
 def prepare(directory: Path) -> None:
     """Make the directory of a backup, which must be new or empty. Raises OSError."""
+    made = [each for each in (directory, *directory.parents) if not each.exists()]
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     if any(directory.iterdir()):
         raise FileExistsError(0, "it is not empty: a backup needs a directory of its own", str(directory))
     for name in FOLDERS:
         (directory / name).mkdir(mode=0o700)
+    for each in made or [directory]:
+        with suppress(PermissionError):  # what may not be read cannot be flushed
+            _flush_directory(each.absolute().parent)
 
 
 def receive(
@@ -203,7 +208,6 @@ def write_manifest(directory: Path, members: dict[str, object]) -> None:
         os.fsync(fd)
     temporary.rename(directory / MANIFEST)
     _flush_directory(directory)
-    _flush_directory(directory.absolute().parent)
 
 
 def digest_of(members: dict[str, object]) -> str:

@@ -19,6 +19,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,13 +152,14 @@ def restore(backup: Path, data: Path, manifest: Manifest, progress: Callable[[in
         raise RestoreError(str(error)) from error
     try:
         _write_marker(directory, manifest)
+        with suppress(PermissionError):  # what may not be read cannot be flushed
+            _flush_directory(directory.path.absolute().parent)
         found = _copy_files(backup, directory, manifest, progress)
         store = new_store()
         revision = _finish_journal(directory, manifest, store.store_id, found)
         directory.write_store(with_ceiling(store, revision))
         directory.restoring.unlink()
         _flush_directory(directory.path)
-        _flush_directory(directory.path.absolute().parent)
         return store.store_id
     except (apsw.Error, OSError, RestoreError) as error:
         what = pages.describe(error) if isinstance(error, apsw.Error) else str(error)
