@@ -100,7 +100,7 @@ def repair(data: str | None, file: Path | None, keys: tuple[str, ...], yes: bool
     from sessionstored.engine import StartError
     from sessionstored.engine.jsonl.checking import Check
     from sessionstored.engine.jsonl.disk import Disk
-    from sessionstored.engine.jsonl.findings import REPAIRABLE, Remedy
+    from sessionstored.engine.jsonl.findings import OF_THE_STORE, REPAIRABLE, Remedy
     from sessionstored.engine.jsonl.repairing import RepairFailed, opened
     from sessionstored.engine.jsonl.store import Directory, kept_unowned
 
@@ -113,7 +113,7 @@ def repair(data: str | None, file: Path | None, keys: tuple[str, ...], yes: bool
                     found.append(each)
             if unknown:
                 raise click.UsageError(f"there is no session {', '.join(map(repr, sorted(unknown)))}")
-            lost = [each for each in found if each.remedy is Remedy.RESTORE]
+            lost = [each for each in found if each.remedy in OF_THE_STORE]
             wanted = [each for each in found if each not in lost and (not keys or each.key in keys)]
             reporting.write_plan(lost or wanted, keep_suspect)
             if lost or not wanted:

@@ -301,7 +301,7 @@ async def test_damage_of_the_journal_itself_is_not_touched(killed: Path) -> None
     content = bytearray((killed / "journal.db").read_bytes())
     content[100:200] = bytes(100)
     (killed / "journal.db").write_bytes(content)
-    assert [each.remedy for each in check(killed)[0] if not each.key] == [Remedy.RESTORE]
+    assert [each.remedy for each in check(killed)[0] if not each.key] == [Remedy.AWAY]
     with pytest.raises(StartError, match="restore it from a backup"):
         mend(killed, [])
 

@@ -121,7 +121,7 @@ class Check:
         except NewerFormatError:
             raise
         except StartError as error:
-            yield Finding(Verdict.DAMAGED, "STORE", "", str(error), Remedy.RESTORE)
+            yield Finding(Verdict.DAMAGED, "STORE", "", str(error), Remedy.AWAY)
             return None
         if store is not None:
             self.summary.store_id = store.store_id
@@ -148,7 +148,7 @@ class Check:
             yield _unreadable(error)
             return None
         wrong = _integrity(journal, store)
-        yield from map(_journal_damage, wrong)
+        yield from wrong
         if wrong:
             journal.close()
             return None
@@ -164,7 +164,9 @@ class Check:
         elif store is not None and known_id is None:
             yield _journal_damage("it was emptied")
         elif store is not None and known_id != store.store_id:
-            yield _journal_damage(f"it belongs to store {known_id}, and STORE says {store.store_id}")
+            yield _journal_damage(
+                f"it belongs to store {known_id}, and STORE says {store.store_id}", Remedy.AWAY
+            )
         self.summary.store_id = self.summary.store_id or str(known_id or "")
 
     # Sessions.
@@ -284,21 +286,22 @@ class Check:
         return Finding(Verdict.NEW, file, key, "", kept=found.kept)
 
 
-def _integrity(journal: Journal, store: StoreFile | None) -> list[str]:
+def _integrity(journal: Journal, store: StoreFile | None) -> list[Finding]:
     """What makes the database unfit to be believed."""
     try:
         lost = journal.lost_commit() if store is not None and store.durability == "fsync" else ""
-        return ([f"its log: {lost}"] if lost else []) + journal.integrity()
+        found = [_journal_damage(f"its log: {lost}")] if lost else []
+        return found + [_journal_damage(detail, Remedy.AWAY) for detail in journal.integrity()]
     except apsw.Error as error:
-        return [_unreadable(error).detail]
+        return [_unreadable(error)]
 
 
 def _unreadable(error: apsw.Error) -> Finding:
     """The finding of an error of SQLite. Raises it again if the copy had no room, and nothing is damaged."""
     if pages.no_room(error):
         raise error
-    return _journal_damage(pages.describe(error))
+    return _journal_damage(pages.describe(error), Remedy.AWAY)
 
 
-def _journal_damage(detail: str) -> Finding:
-    return Finding(Verdict.DAMAGED, "journal.db", "", detail, Remedy.RESTORE)
+def _journal_damage(detail: str, remedy: Remedy = Remedy.RESTORE) -> Finding:
+    return Finding(Verdict.DAMAGED, "journal.db", "", detail, remedy)

@@ -31,8 +31,10 @@ class Remedy(Enum):
     CLEAR = "`sessionstored repair` removes the mark"
     HAND = "repair does not decide this: move, rename or restore the file by hand"
     RESTORE = "repair does not touch this: restore a backup, or start with --accept-loss"
+    AWAY = "repair does not touch this: restore a backup, or move the file away and start with --accept-loss"
 
 
+OF_THE_STORE = (Remedy.RESTORE, Remedy.AWAY)
 REPAIRABLE = (Remedy.OPEN, Remedy.MEND, Remedy.TAKE, Remedy.REMOVE, Remedy.CLEAR)
 
 

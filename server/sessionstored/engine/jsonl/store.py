@@ -216,7 +216,10 @@ def read_store(path: Path) -> StoreFile | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StartError(f"{file} cannot be read ({error!r}): restore it from a backup") from error
+        raise StartError(
+            f"{file} cannot be read ({error!r}): move it away, and the next start makes it anew from "
+            "journal.db"
+        ) from error
 
 
 def new_store() -> StoreFile:
