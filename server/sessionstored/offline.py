@@ -8,12 +8,16 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from sessionstored import config
 from sessionstored.config import SETTINGS, ConfigError
+
+if TYPE_CHECKING:
+    from sessionstored.engine.jsonl.findings import Finding
+    from sessionstored.engine.jsonl.repairing import Done
 
 EXIT_CANNOT = 1
 EXIT_STORAGE_FAILED = 3
@@ -124,7 +128,10 @@ def repair(data: str | None, file: Path | None, keys: tuple[str, ...], yes: bool
         directory = Directory(path, Disk())
         try:
             with opened(directory, configured.limits()) as repairing:
-                done = [repairing.mend(each, keep_suspect=keep_suspect) for each in plan if each.key]
+                done = [
+                    repairing.mend(each, keep_suspect=keep_suspect) if each.key else _opened_anew(each)
+                    for each in plan
+                ]
         finally:
             directory.close()
     except StartError as error:
@@ -135,6 +142,13 @@ def repair(data: str | None, file: Path | None, keys: tuple[str, ...], yes: bool
     reporting.write_done(done)
     left = len(plan) < len(wanted) or not all(each.mended for each in done)
     sys.exit(EXIT_DAMAGED if left else 0)
+
+
+def _opened_anew(finding: "Finding") -> "Done":
+    """What became of a part of the store that an opening makes anew."""
+    from sessionstored.engine.jsonl.repairing import Done
+
+    return Done("", finding.file, "it was made anew from journal.db")
 
 
 def _agreed(count: int) -> bool:

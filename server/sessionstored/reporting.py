@@ -117,6 +117,8 @@ def _planned(finding: Finding, keep_suspect: bool) -> str:
             return "remove the session: its file is gone"
         case Remedy.OPEN:
             return "open the store: it sets aside what is not known, and marks the session"
+        case Remedy.ANEW:
+            return "open the store: it makes the file anew from journal.db"
         case Remedy.CLEAR:
             return "remove the mark; what was set aside stays in quarantine"
         case _:

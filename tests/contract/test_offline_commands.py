@@ -211,6 +211,17 @@ def test_what_a_person_has_to_decide_is_left_and_said(store: Path):
     assert sessionstored("check", "--data", store).returncode == 0
 
 
+def test_a_missing_store_file_is_made_anew_and_that_is_said(store: Path):
+    (store / "STORE").unlink()
+    done = sessionstored("repair", "--data", store, "--yes")
+    assert done.returncode == 0
+    plan, _, made = done.stdout.partition("what was done")
+    assert "open the store: it makes the file anew from journal.db" in plan
+    assert "STORE" in made
+    assert "it was made anew from journal.db" in made
+    assert sessionstored("check", "--data", store).returncode == 0
+
+
 def test_damage_of_the_store_itself_is_not_touched(store: Path):
     content = bytearray((store / "STORE").read_bytes())
     content[10] ^= 1

@@ -159,8 +159,7 @@ class Check:
         """Whether STORE and journal belong together."""
         known_id = journal.meta().get("store_id")
         if store is None and not (self._data / "STORE").exists():
-            detail = "it is missing: the next start, or `sessionstored repair`, makes it anew from journal.db"
-            yield Finding(Verdict.DAMAGED, "STORE", "", detail, Remedy.OPEN)
+            yield Finding(Verdict.DAMAGED, "STORE", "", "it is missing", Remedy.ANEW)
         elif store is not None and known_id is None:
             yield _journal_damage("it was emptied")
         elif store is not None and known_id != store.store_id:

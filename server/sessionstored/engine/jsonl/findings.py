@@ -25,6 +25,7 @@ class Remedy(Enum):
 
     NONE = ""
     OPEN = "the next start, or `sessionstored repair`, sets the bytes aside and marks the session"
+    ANEW = "the next start, or `sessionstored repair`, makes it anew from journal.db"
     MEND = "`sessionstored repair` keeps what can be read, and the file as it is goes to quarantine"
     TAKE = "look at the file: `sessionstored repair` takes it as it is now"
     REMOVE = "put the file back, or `sessionstored repair` removes the session"
@@ -35,7 +36,7 @@ class Remedy(Enum):
 
 
 OF_THE_STORE = (Remedy.RESTORE, Remedy.AWAY)
-REPAIRABLE = (Remedy.OPEN, Remedy.MEND, Remedy.TAKE, Remedy.REMOVE, Remedy.CLEAR)
+REPAIRABLE = (Remedy.OPEN, Remedy.ANEW, Remedy.MEND, Remedy.TAKE, Remedy.REMOVE, Remedy.CLEAR)
 
 
 @dataclass(frozen=True, slots=True)
