@@ -145,7 +145,18 @@ def _log_to_stderr(level: str) -> None:
     formatter.converter = time.gmtime
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
+    handler.addFilter(_one_line_of_a_lost_caller)
     logging.basicConfig(level=level.upper(), handlers=[handler])
+
+
+def _one_line_of_a_lost_caller(record: logging.LogRecord) -> bool:
+    """Whether a record is logged. gRPC takes a caller who left in the middle of a stream for a defect."""
+    error = record.exc_info[1] if record.exc_info else None
+    if record.name.startswith("grpc.") and type(error).__name__ == "ExecuteBatchError":
+        record.levelno, record.levelname = logging.INFO, "INFO"
+        record.msg, record.args = "a caller went away in the middle of a reply", ()
+        record.exc_info = record.exc_text = None
+    return record.levelno >= logging.getLogger().level
 
 
 @main.command()
