@@ -29,7 +29,27 @@ Command = Callable[..., None]
 _log = logging.getLogger(__name__)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Sessionstored(click.Group):
+    """The group; an error of a file that no command expects, as of stdout, is one line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was asked for."""
+        try:
+            try:
+                return super().invoke(ctx)
+            finally:
+                if sys.stdout is not None:  # it is, if it was closed before Python began
+                    sys.stdout.flush()
+        except BrokenPipeError:  # whoever read has seen enough
+            raise
+        except OSError as error:
+            if sys.stdout is not None:
+                _forget_stdout()
+            click.echo(f"sessionstored: {error.filename or 'stdout'}: {error.strerror}", err=True)
+            sys.exit(1)
+
+
+@click.group(cls=_Sessionstored, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sessionstore", message="sessionstored %(version)s")
 def main() -> None:
     """Serve a directory of conversation sessions to many processes and machines."""
@@ -130,11 +150,15 @@ def _say(text: str) -> None:
     try:
         print(text, end="", flush=True)
     except OSError as error:
-        # What is left in the buffer must not fail once more when the process ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_stdout()
         raise StartError(
             f"stdout cannot be written: {error.strerror}: give it a pipe, a file with room, or /dev/null"
         ) from error
+
+
+def _forget_stdout() -> None:
+    """What is left in the buffer must not fail once more when the process ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _log_to_stderr(level: str) -> None:

@@ -96,6 +96,19 @@ def test_what_is_no_store_and_what_is_no_usage(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("arguments", [("check",), ("check", "--json"), ("repair", "--yes")])
+def test_a_stdout_that_takes_nothing_is_one_line(store: Path, arguments: tuple[str, ...]):
+    rot(store / "sessions" / "k.jsonl", b"hello", b"jello")
+    before = everything(store)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "sessionstored", *arguments, "--data", str(store)],
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False, env=clean_environment(),
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "sessionstored: stdout: No space left on device\n")
+    assert everything(store) == before
+
+
 def test_a_workspace_is_read_through(tmp_path: Path):
     data = copy_workspace(tmp_path / "workspace")
     before = everything(data)
