@@ -45,6 +45,8 @@ _DURABILITY = {
 # What still runs after the drain are streams without an end, such as a health watch.
 _STREAMS_GRACE_S = 0.5
 _FAILURE_ARRIVES_S = 0.02
+# How long the end after a storage failure waits for calls under way, so that they hear what became of them.
+_FAILURE_ANSWERED_S_MAX = 5.0
 # How many requests may be on their way in, and how long one may take while others wait.
 _BYTES_PER_ARRIVAL = 8 << 20
 _ARRIVALS_MIN = 4
@@ -225,8 +227,9 @@ class _Daemon:
             failing.cancel()
             _log.info("stopped cleanly")
             return EXIT_OK
-        _log.critical("storage failed, ending at once: %s", failing.exception() or failing.result())
+        _log.critical("storage failed, ending: %s", failing.exception() or failing.result())
         await self._health.enter_graceful_shutdown()
+        await self._calls.drain(_FAILURE_ANSWERED_S_MAX)  # or gRPC would cancel them, and they would not know
         await self._server.stop(_STREAMS_GRACE_S)
         return EXIT_STORAGE_FAILED
 

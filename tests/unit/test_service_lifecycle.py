@@ -79,6 +79,33 @@ async def test_a_storage_failure_ends_the_daemon_at_once_and_says_so(engine, cap
     assert "fdatasync: Input/output error" in record.getMessage()
 
 
+async def test_calls_hear_what_became_of_them_before_a_failed_daemon_ends(engine, monkeypatch):
+    """However long the commit under way takes to fail, and whatever comes meanwhile."""
+    answer = asyncio.Event()
+
+    async def submit(requests: Sequence[Request]) -> list[Reply]:
+        engine.broken.set()
+        await answer.wait()
+        raise Refused(Refusal("OUTCOME_UNKNOWN", "storage failed during the commit"))
+
+    monkeypatch.setattr(engine, "submit", submit)
+    monkeypatch.setattr(server, "_FAILURE_ANSWERED_S_MAX", 60.0)
+    task, address = await served()
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = session_store_pb2_grpc.SessionStoreStub(channel)
+        waiting = stub.AppendMessages(v1.AppendMessagesRequest(key="k", messages=b"{}\n"), timeout=60)
+        await asyncio.wait_for(engine.broken.wait(), 60)
+        await asyncio.sleep(4 * server._STREAMS_GRACE_S)
+        with pytest.raises(grpc.aio.AioRpcError) as late:
+            await stub.AppendMessages(v1.AppendMessagesRequest(key="k", messages=b"{}\n"), timeout=60)
+        answer.set()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await waiting
+    assert "SHUTTING_DOWN" in str(late.value.trailing_metadata())
+    assert "OUTCOME_UNKNOWN" in str(caught.value.trailing_metadata())
+    assert await asyncio.wait_for(task, 60) == server.EXIT_STORAGE_FAILED
+
+
 async def test_a_storage_failure_during_the_last_flush_is_no_clean_stop(engine, monkeypatch):
     engine.on_close = True
     stop = asyncio.Event()
