@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -40,4 +41,32 @@ async def test_a_new_file_that_cannot_be_flushed_stops_the_start(fast_path: Path
         await open_jsonl(fast_path, tuning=BY_HAND, disk=WatchedDisk(fail_to_flush))
     engine = await open_jsonl(fast_path, tuning=BY_HAND)
     assert await lines(engine, "k") == [A]
+    await engine.close()
+
+
+async def test_a_call_whose_commit_does_not_return_is_told_that_nobody_knows(
+    fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flush failed elsewhere, and the disk keeps the commit under way for longer than anybody waits."""
+    engine = await open_jsonl(fast_path, tuning=BY_HAND)
+    begun, returns, commit_row = threading.Event(), threading.Event(), engine._vault.commit_row
+
+    def stuck(*arguments: object) -> None:
+        begun.set()
+        assert returns.wait(100)
+        commit_row(*arguments)
+
+    monkeypatch.setattr(engine._vault, "commit_row", stuck)
+    waiting = asyncio.create_task(done(engine, Append("k", [A])))
+    assert await asyncio.to_thread(begun.wait, 60)
+    behind = asyncio.create_task(done(engine, Append("k", [B])))
+    await asyncio.sleep(0)
+    engine._committer.fail("a session file could not be flushed")
+    try:
+        for call in (waiting, behind):
+            with pytest.raises(Refused) as caught:
+                await asyncio.wait_for(call, 60)
+            assert caught.value.refusal.reason == "OUTCOME_UNKNOWN"
+    finally:
+        returns.set()
     await engine.close()

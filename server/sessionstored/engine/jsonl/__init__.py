@@ -19,7 +19,7 @@ import apsw
 from sessionstored.engine import BackupItem, Page, Query, Refused, Reply, Request, Scrub, Slice
 from sessionstored.engine.jsonl import pages
 from sessionstored.engine.jsonl.backing_up import Backups
-from sessionstored.engine.jsonl.committer import STOPPING, Committer, Job, StaleFork
+from sessionstored.engine.jsonl.committer import STOPPING, UNKNOWN, Committer, Job, StaleFork
 from sessionstored.engine.jsonl.damage import confirm
 from sessionstored.engine.jsonl.disk import Disk
 from sessionstored.engine.jsonl.files import FileChanged, Region, WrongBlock
@@ -48,6 +48,8 @@ from sessionstored.rules import (
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 20
+_FAILED_S_MAX = 2.0
+"""How long calls wait for a commit that does not return, once storage failed elsewhere."""
 T = TypeVar("T")
 
 
@@ -165,6 +167,7 @@ class JsonlEngine:
         self._readers = ThreadPoolExecutor(4, thread_name_prefix="reader")
         self._copiers = ThreadPoolExecutor(2, thread_name_prefix="copier")
         self._queued_requests = self._queued_bytes = 0
+        self._waiting: set[asyncio.Future[Sequence[Reply]]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         self._closing = False
@@ -184,6 +187,13 @@ class JsonlEngine:
     def _fail(self, what: str) -> None:
         if not self._failed.done():
             self._failed.set_result(what)
+            self._loop.call_later(_FAILED_S_MAX, self._give_up)
+
+    def _give_up(self) -> None:
+        """Tell who still waits: a disk that fails may hold up a commit for minutes."""
+        for future in self._waiting:
+            if not future.done():
+                future.set_exception(Refused(UNKNOWN))
 
     def announce(self, addresses: Sequence[str]) -> None:
         """Write the addresses into LOCK."""
@@ -243,6 +253,7 @@ class JsonlEngine:
         self._queued_requests += len(requests)
         self._queued_bytes += size
         self._idle.clear()
+        self._waiting.add(future)
 
         def done(job: Job) -> None:
             self._loop.call_soon_threadsafe(self._answer, future, job)
@@ -253,11 +264,12 @@ class JsonlEngine:
     def _answer(self, future: asyncio.Future[Sequence[Reply]], job: Job) -> None:
         self._queued_requests -= len(job.requests)
         self._queued_bytes -= job.size
+        self._waiting.discard(future)
         if not self._queued_requests:
             self._idle.set()
         if self._vault.backlog_bytes > self._tuning.backlog_bytes:
             self._maintenance.nudge()
-        if future.cancelled():
+        if future.done():  # cancelled, or told that nobody knows
             return
         if job.error is not None:
             future.set_exception(job.error)
@@ -276,7 +288,7 @@ class JsonlEngine:
             )
         deadline = self._loop.time() + tuning.backlog_wait_s
         makes_room = all(isinstance(request.mutation, Delete) for request in requests)
-        while not makes_room and (waiting := self._files_lack()):
+        while not makes_room and not self._committer.failure and (waiting := self._files_lack()):
             self._maintenance.nudge()
             if self._loop.time() > deadline:
                 kind, limit = waiting
