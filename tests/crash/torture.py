@@ -45,7 +45,7 @@ def run(rung: Rung, seed: int, size: int) -> Tally:
 
 def shortfall(rung: Rung, tally: Tally, size: int, divide: int) -> str:
     """What a run was not tried at; empty if it was tried enough."""
-    wanted = (rung.times_min or size) // (divide if rung.times_min else 1)
+    wanted = max(1, rung.times_min // divide) if rung.times_min else size
     if tally.times < wanted:
         return f"tried {tally.times} times, not {wanted}"
     missed = {phase: tally.phases[phase] for phase in rung.phases_min}
@@ -66,13 +66,16 @@ def verdict_on(rung: Rung, tally: Tally, short: str) -> str:
 @click.option("--divide", type=click.IntRange(min=1), default=1, help="So many times smaller runs.")
 def main(seed: int | None, only: str, divide: int) -> None:
     """Run the fault ladder and print what was lost."""
+    rungs = [rung for rung in RUNGS if only in rung.fault]
+    if not rungs:
+        raise click.UsageError(f"no fault has {only!r} in its name: nothing would be tried")
     logging.getLogger("sessionstored").addHandler(logging.NullHandler())  # it has a lot to complain about
     seed = random.randrange(1 << 30) if seed is None else seed
     out = Console(width=max(Console().width, 140), highlight=False)
     out.print(f"seed {seed}")
     table = Table("fault", *_COLUMNS, "seconds", "verdict")
     failed = False
-    for rung in (rung for rung in RUNGS if only in rung.fault):
+    for rung in rungs:
         why_not = rung.unavailable()
         if why_not:
             out.print(f"{rung.fault}: not shown: {why_not}")
