@@ -55,6 +55,10 @@ class DeafClient:
             end = last and begin + len(chunk) == len(part)
             self._socket.sendall(_frame(_DATA, _END_STREAM * end, self._stream, chunk))
 
+    def heard(self) -> bytes:
+        """What the daemon has sent so far and nobody took."""
+        return self._socket.recv(1 << 20, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+
     def close(self) -> None:
         """Hang up."""
         self._socket.close()

@@ -2,8 +2,8 @@
 
 A call takes a place before its message is read, and gives it back when the message is there; so what is half
 there is bounded in memory, by the number of places and the longest message. Others wait for a place, in
-their order. A sender who takes too long while others wait is cut off: else a few who send a byte now and then
-would keep everybody out. Small messages are there at once, and never notice.
+their order. A sender who takes too long while others wait is cut off, and told so: else a few who send a byte
+now and then would keep everybody out. Small messages are there at once, and never notice.
 
 Knows tasks of one event loop, and nothing of messages or gRPC.
 """
@@ -33,6 +33,7 @@ class Arrivals:
         """Task -> since when, the oldest first."""
         self._waiting: OrderedDict[_Task, tuple[float, asyncio.Future[None]]] = OrderedDict()
         """Task -> since when, and what is done when it has a place; the first in line first."""
+        self._cut_off: set[_Task] = set()
 
     async def begin(self) -> None:
         """Take a place for the message of this task's call, once there is one."""
@@ -48,6 +49,10 @@ class Arrivals:
         task = asyncio.current_task()
         if task is not None:
             self._leave(task)
+
+    def was_cut_off(self) -> bool:
+        """Whether this task was cancelled here, because its message took too long."""
+        return asyncio.current_task() in self._cut_off
 
     def _take(self, task: _Task) -> None:
         self._under_way[task] = asyncio.get_running_loop().time()
@@ -76,6 +81,8 @@ class Arrivals:
                     suspect = oldest
                     await asyncio.wait((place,), timeout=_SECOND_LOOK_S)
                 else:
+                    self._cut_off.add(oldest)
+                    oldest.add_done_callback(self._cut_off.discard)
                     oldest.cancel()
                     self._leave(oldest)
         finally:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]  # generic in its stubs only
 Unary = Callable[[Message, Context], Awaitable[Message]]
 Stream = Callable[[Message, Context], AsyncGenerator[Message, None]]
-RawUnary = Callable[[bytes, Context], Awaitable[Message]]
-RawStream = Callable[[bytes, Context], AsyncIterator[Message]]
+RawUnary = Callable[[object, Context], Awaitable[Message]]
+RawStream = Callable[[object, Context], AsyncIterator[Message]]
 Reader = Callable[[bytes], Message]
 
 # gRPC cancels the calls that reach a server while it stops; these wait for their number to go down.
@@ -113,8 +113,13 @@ class Calls(grpc.aio.ServerInterceptor):
         return guarded
 
     def _guard(self, method: str, handler: "Handler") -> "Handler":
+        """As a handler of a stream of requests, which is the same on the wire.
+
+        Only then is the message read here, and one that takes too long can be refused: what gRPC itself
+        reads goes on arriving when its task is cancelled, and the caller hears nothing.
+        """
         if handler.unary_unary is not None and method not in self._large_replies:
-            return grpc.unary_unary_rpc_method_handler(
+            return grpc.stream_unary_rpc_method_handler(
                 self._unary(method, cast(Unary, handler.unary_unary), _reader(handler)),
                 response_serializer=handler.response_serializer,
             )
@@ -123,14 +128,16 @@ class Calls(grpc.aio.ServerInterceptor):
             # As a stream of one reply, which is the same on the wire: only of a stream is it known when a
             # reply has gone out, and how many wait for callers who do not read.
             behaviour = _one_reply(cast(Unary, handler.unary_unary))
-        return grpc.unary_stream_rpc_method_handler(
+        return grpc.stream_stream_rpc_method_handler(
             self._stream(method, behaviour, _reader(handler)),
             response_serializer=handler.response_serializer,
         )
 
     def _unary(self, method: str, behaviour: Unary, read: Reader) -> RawUnary:
-        async def guarded(request: bytes, context: Context) -> Message:
+        async def guarded(_: object, context: Context) -> Message:
+            request = b""
             try:
+                request = await self._arrived(context)
                 with self._under_way(len(request)):
                     return await behaviour(read(request), context)
             except Exception as error:
@@ -143,9 +150,10 @@ class Calls(grpc.aio.ServerInterceptor):
         return guarded
 
     def _stream(self, method: str, behaviour: Stream, read: Reader) -> RawStream:
-        async def guarded(request: bytes, context: Context) -> AsyncGenerator[Message, None]:
-            reply: Message | None = None
+        async def guarded(_: object, context: Context) -> AsyncGenerator[Message, None]:
+            request, reply = b"", cast("Message | None", None)
             try:
+                request = await self._arrived(context)
                 with self._under_way(len(request)):
                     begun = False
                     async with aclosing(behaviour(read(request), context)) as replies:
@@ -165,10 +173,30 @@ class Calls(grpc.aio.ServerInterceptor):
 
         return guarded
 
-    @contextmanager
-    def _under_way(self, size: int) -> Iterator[None]:
+    async def _arrived(self, context: Context) -> bytes:
+        """The message of a call, once it is there."""
+        try:
+            request: object = await context.read()
+        except asyncio.CancelledError:
+            if self._arrivals is None or not self._arrivals.was_cut_off():
+                raise
+            raise Refused(
+                Refusal(
+                    "OVERLOADED",
+                    "the request took too long to arrive while others waited; nothing was stored; "
+                    "try again later",
+                    {"limit": str(self._bytes_max)},
+                )
+            ) from None
         if self._arrivals is not None:
             self._arrivals.arrived()
+        if not isinstance(request, bytes):  # the caller went away, or sent nothing
+            text = "there is no request in this call"
+            raise Refused(Refusal("ARGUMENT_INVALID", text, {"field": "request", "detail": text}))
+        return request
+
+    @contextmanager
+    def _under_way(self, size: int) -> Iterator[None]:
         self._check_draining()
         with self._held(size):
             self._count += 1

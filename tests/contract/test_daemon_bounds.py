@@ -4,6 +4,7 @@ import gc
 import struct
 import weakref
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 
 import grpc
 import pytest
@@ -14,6 +15,7 @@ from sessionstore.v1 import session_store_pb2_grpc
 from sessionstored.calls import Calls
 from sessionstored.engine import Refused
 from sessionstored.rules import Refusal
+from sessionstored.server import _ARRIVALS_MIN
 from wire import block, refusal
 
 PATIENCE_S = 60
@@ -159,3 +161,23 @@ async def test_what_belongs_to_a_refused_call_is_let_go_of_at_once():
         assert kept == []
     finally:
         gc.enable()
+
+
+def test_a_request_that_does_not_arrive_is_refused_while_others_wait(make_daemon):
+    """And not only let go of: gRPC would go on to take it in, and its caller would wait for ever."""
+    daemon = make_daemon(flags=("--concurrent-bytes-max", str(1 << 20))).start()
+    with ExitStack() as stack:
+        clients = [stack.enter_context(DeafClient(daemon.address)) for _ in range(_ARRIVALS_MIN)]
+        for client in clients:
+            client.begin("AppendMessages")
+            client.send(struct.pack(">BI", 0, 8 << 20) + b"x" * 60_000)
+        heard: list[bytes] = []
+
+        def one_is_refused() -> bool:
+            info = v1.GetServerInfoRequest()  # waits as long as all places are taken
+            daemon.stub.GetServerInfo(info, timeout=60)
+            heard[:] = [client.heard() for client in clients]
+            return any(b"took too long to arrive" in each for each in heard)
+
+        wait_until(one_is_refused, what="a refusal of a request that does not arrive")
+    assert "incident" not in daemon.stderr
