@@ -226,6 +226,8 @@ def report(
         tally.notes.append(f"  {what:16} {_figures([each.ms for each in there])}")
         if not judged or what not in ("append", "read"):
             continue
+        if not there:
+            tally.lose("wrong", f"{name}: no {what} was made, so there is nothing to judge")
         for each in there:
             end_s = each.begun_s + each.ms / 1000
             near = each.begun_s - _FLOOR_WINDOW_S, end_s + _FLOOR_WINDOW_S

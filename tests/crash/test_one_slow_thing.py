@@ -11,7 +11,7 @@ from crash.tally import Tally
 )
 def test_a_wait_counts_if_it_is_longer_than_bound_and_floors(waited_ms, flush_ms, idle_ms, wrong):
     for what in ("append", "read"):
-        probes = Probes(flush=[Took(9.9, flush_ms)], idle=[Took(10.1, idle_ms)])
+        probes = Probes([Took(9.5, 1)], [Took(9.5, 1)], [Took(9.9, flush_ms)], [Took(10.1, idle_ms)])
         getattr(probes, what).append(Took(10.0, waited_ms))
         tally = Tally()
         report(tally, probes, "meanwhile", [(9.0, 11.0)], judged=True)
@@ -19,8 +19,17 @@ def test_a_wait_counts_if_it_is_longer_than_bound_and_floors(waited_ms, flush_ms
 
 
 def test_floors_of_another_time_excuse_nothing():
-    probes = Probes(append=[Took(10.0, 200)], flush=[Took(5.0, 500)], idle=[Took(15.0, 500)])
+    probes = Probes([Took(10.0, 200)], [Took(10.0, 1)], [Took(5.0, 500)], [Took(15.0, 500)])
     tally = Tally()
     report(tally, probes, "meanwhile", [(9.0, 11.0)], judged=True)
     assert tally.wrong == 1
     assert "maximum 200.0 ms" in "".join(tally.notes)
+
+
+@pytest.mark.parametrize("what", ["append", "read"])
+def test_probes_that_ended_show_nothing(what):
+    probes = Probes([Took(10.0, 1)], [Took(10.0, 1)], [Took(10.0, 1)], [Took(10.0, 1)])
+    setattr(probes, what, [Took(5.0, 1)])
+    tally = Tally()
+    report(tally, probes, "meanwhile", [(9.0, 11.0)], judged=True)
+    assert tally.wrong == 1
