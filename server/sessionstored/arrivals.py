@@ -2,8 +2,9 @@
 
 A call takes a place before its message is read, and gives it back when the message is there; so what is half
 there is bounded in memory, by the number of places and the longest message. Others wait for a place, in
-their order. A sender who takes too long while others wait is cut off, and told so: else a few who send a byte
-now and then would keep everybody out. Small messages are there at once, and never notice.
+their order. A sender who takes too long while others wait, and nobody's message is finished either, is cut
+off, and told so: else a few who send a byte now and then would keep everybody out. One on a slow link beside
+others who come and go is left alone. Small messages are there at once, and never notice.
 
 Knows tasks of one event loop, and nothing of messages or gRPC.
 """
@@ -25,7 +26,8 @@ class Arrivals:
         Args:
             places: how many may be under way at a time.
             waiting_max: how many calls may wait; more are let through, for the bound on calls to refuse.
-            patience_s: how long a message may take while another call waits; less if more do, or for long.
+            patience_s: how long a message may take, and no other be finished, while another call waits; less
+                if more do, or for long.
 
         """
         self._places, self._waiting_max, self._patience_s = places, waiting_max, patience_s
@@ -34,6 +36,8 @@ class Arrivals:
         self._waiting: OrderedDict[_Task, tuple[float, asyncio.Future[None]]] = OrderedDict()
         """Task -> since when, and what is done when it has a place; the first in line first."""
         self._cut_off: set[_Task] = set()
+        self._finished_s = 0.0
+        """When a message was there the last time."""
 
     async def begin(self) -> None:
         """Take a place for the message of this task's call, once there is one."""
@@ -47,7 +51,8 @@ class Arrivals:
     def arrived(self) -> None:
         """The message of this task's call is there."""
         task = asyncio.current_task()
-        if task is not None:
+        if task is not None and task in self._under_way:
+            self._finished_s = asyncio.get_running_loop().time()
             self._leave(task)
 
     def was_cut_off(self) -> bool:
@@ -74,7 +79,7 @@ class Arrivals:
         try:
             while not place.done():
                 oldest, since_s = next(iter(self._under_way.items()))
-                left_s = since_s + self._patience() - loop.time()
+                left_s = max(since_s, self._finished_s) + self._patience() - loop.time()
                 if left_s > 0:
                     await asyncio.wait((place,), timeout=left_s)
                 elif suspect is not oldest:  # perhaps it is this loop that was slow: look again

@@ -103,6 +103,22 @@ async def test_the_slowest_is_cut_off_only_while_others_wait():
     await some.end()
 
 
+async def test_a_slow_one_is_left_alone_while_others_come_and_go():
+    some = calls(places=2, patience_s=60)
+    some.start("slow", "a", "b", "c")
+    await settle()
+    some.arrivals._under_way[some.tasks["slow"]] -= 1000  # it has been sending for long
+    some.there["a"].set()
+    await asyncio.wait((some.tasks["slow"],), timeout=1)
+    assert not some.tasks["slow"].done()
+    assert some.begun == ["slow", "a", "b"]
+    some.arrivals._finished_s -= 1000  # and the others stay, too
+    some.start("d")
+    await asyncio.wait((some.tasks["slow"],), timeout=100)
+    assert some.tasks["slow"].cancelled()
+    await some.end()
+
+
 async def test_who_waits_cuts_off_one_that_becomes_too_slow():
     some = calls(places=1, patience_s=0.01)
     some.start("slow", "b")
