@@ -7,6 +7,7 @@ durable as SQLite makes them, which `faults` tests with a VFS.
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,25 +126,40 @@ class PowerDisk(WatchedDisk):
 
 
 class FullDisk(WatchedDisk):
-    """A disk with `room` bytes left for session files: writes come short, then fail; None is endless."""
+    """A disk with `room` bytes left for session files: writes come short, then fail; None is endless.
+
+    `room` may be set while another thread writes.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.room: int | None = None
+        self._lock = threading.Lock()
+        self._room: int | None = None
         self.refused = 0
 
+    @property
+    def room(self) -> int | None:
+        return self._room
+
+    @room.setter
+    def room(self, room: int | None) -> None:
+        with self._lock:
+            self._room = room
+
     def write(self, fd: int, data: bytes) -> int:
-        if self.room is None:
-            return super().write(fd, data)
-        if self.room == 0:
-            self.refused += 1
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        written = super().write(fd, data[: self.room])
-        self.room -= written
-        return written
+        with self._lock:
+            if self._room is None:
+                return super().write(fd, data)
+            if self._room == 0:
+                self.refused += 1
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            written = super().write(fd, data[: self._room])
+            self._room -= written
+            return written
 
     def free_bytes(self, path: Path) -> int:
-        return super().free_bytes(path) if self.room is None else self.room
+        room = self.room
+        return super().free_bytes(path) if room is None else room
 
 
 class QuickDisk(Disk):

@@ -1,7 +1,9 @@
 """A full disk refuses and heals: nothing acknowledged is lost or doubled, deletions go on, no restart."""
 
 import asyncio
+import errno
 import itertools
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +16,7 @@ from crash.disks import FullDisk
 from crash.faults import Plan, failing_vfs
 from engines import done, lines, one, read, request, submit
 from seed_reader import read_session
-from sessionstored.engine import Refused, Reply, StartError
+from sessionstored.engine import Refused, Reply, Request, StartError
 from sessionstored.engine.jsonl import JsonlEngine, open_jsonl
 from sessionstored.rules import (
     Answer,
@@ -259,6 +261,32 @@ async def test_what_the_journal_found_no_room_for_takes_no_place_among_the_reque
             plan.armed = False
             again = await one(engine, request(Append("k", [A]), request_id="first"))
             assert (again.outcome, again.replayed) == (first.outcome, True)
+
+
+async def test_a_disk_that_fails_while_it_is_full_is_a_failure_and_no_caller_waits_for_ever(
+    fast_path: Path,
+) -> None:
+    class Failing(FullDisk):
+        """Says once how much is free, and fails then."""
+
+        asked = 0
+
+        def free_bytes(self, path: Path) -> int:
+            self.asked += self.room is not None
+            if self.asked > 1:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return 0 if self.room is not None else super().free_bytes(path)
+
+    disk = Failing()
+    engine = await open_jsonl(fast_path, tuning=BY_HAND, disk=disk)
+    await done(engine, Append("k", [A]))
+    await quiet(engine)
+    disk.room = 0
+    with pytest.raises(Refused) as refused:
+        await asyncio.wait_for(engine.submit([Request(Append("k", [B]))]), 60)
+    assert refused.value.refusal.reason in ("OUTCOME_UNKNOWN", "SHUTTING_DOWN")
+    assert await asyncio.wait_for(engine.failed(), 60)
+    await asyncio.wait_for(engine.close(), 60)
 
 
 async def test_the_reserve_is_kept(fast_path: Path) -> None:

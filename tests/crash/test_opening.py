@@ -14,6 +14,7 @@ from crash.disks import FullDisk
 from engines import done, lines
 from sessionstored.engine import StartError
 from sessionstored.engine.jsonl import JsonlEngine, open_jsonl
+from sessionstored.engine.jsonl.checking import Check
 from sessionstored.engine.jsonl.disk import Disk
 from sessionstored.engine.jsonl.store import Directory, new_store
 from sessionstored.rules import Append
@@ -47,6 +48,23 @@ async def test_a_second_owner_is_refused_by_the_first_ones_process_and_addresses
     assert "--data" in str(refused.value)
     await engine.close()
     await (await open_jsonl(tmp_path)).close()
+
+
+async def test_a_store_whose_sessions_are_gone_as_a_whole_is_refused_and_nothing_is_taken_for_removed(
+    tmp_path: Path,
+):
+    engine = await open_jsonl(tmp_path)
+    await done(engine, Append("k", [A]))
+    await engine.close()
+    (tmp_path / "sessions").rename(tmp_path / "elsewhere")
+    with pytest.raises(StartError, match=r"sessions is missing.*mount"):
+        await open_jsonl(tmp_path)
+    with pytest.raises(StartError, match=r"sessions is missing.*mount"):
+        list(Check(tmp_path).findings())
+    (tmp_path / "elsewhere").rename(tmp_path / "sessions")
+    engine = await open_jsonl(tmp_path)
+    assert list(await lines(engine, "k")) == [A]
+    await engine.close()
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "denied"), OSError(5, "I/O error")])

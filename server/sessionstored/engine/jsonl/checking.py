@@ -27,7 +27,7 @@ from sessionstored.engine.jsonl.journal import FormatError, Journal
 from sessionstored.engine.jsonl.names import SUFFIX, is_temporary_name, is_text
 from sessionstored.engine.jsonl.ours import known_length
 from sessionstored.engine.jsonl.records import DamagedRow, read_row
-from sessionstored.engine.jsonl.store import NewerFormatError, StoreFile, read_store
+from sessionstored.engine.jsonl.store import NewerFormatError, StoreFile, check_sessions, read_store
 from sessionstored.engine.jsonl.waiting import WaitingChanges
 
 
@@ -80,6 +80,7 @@ class Check:
             raise StartError(
                 f"{self._data} is no store and no workspace: it has no STORE, no journal.db and no sessions"
             )
+        check_sessions(self._data)
         self._look_around()
         store = yield from self._store()
         journal = yield from self._journal(folder, store)

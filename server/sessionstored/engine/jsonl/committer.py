@@ -201,7 +201,7 @@ class Committer:
             if not is_disk_full(error):
                 return self._fatal(jobs, error)  # it may be committed all the same: what it needs stays
             self._drop(group, jobs)
-            return self._refuse(jobs, self.full())
+            return self._refuse_full(jobs)
         except Exception as error:  # a defect: nothing of the group was stored
             log.exception("a group could not be decided")
             self._drop(group, jobs)
@@ -222,6 +222,14 @@ class Committer:
             log.exception("a session file could not be written")
             self.fail(f"{type(error).__name__}: {error}")
         return None
+
+    def _refuse_full(self, jobs: list[Job]) -> None:
+        """Nothing of a group was stored, because the disk is full; if that cannot be told, storage failed."""
+        try:
+            refusal = self.full()
+        except OSError as error:
+            return self._fatal(jobs, error)
+        return self._refuse(jobs, refusal)
 
     def _fatal(self, jobs: list[Job], error: Exception) -> None:
         """Storage failed while a group was committed: the daemon ends, and the outcome is unknown."""

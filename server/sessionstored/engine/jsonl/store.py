@@ -63,7 +63,7 @@ class Directory:
             disk: what writes STORE.
 
         Raises:
-            StartError: it cannot be written, or another daemon owns it.
+            StartError: it cannot be written, another daemon owns it, or its sessions' directory is gone.
 
         """
         self.path, self._disk = path, disk
@@ -72,6 +72,7 @@ class Directory:
         self.journal = path / "journal.db"
         self.restoring = path / _RESTORING
         """There while a restore is under way: what is here is no store yet."""
+        check_sessions(path)
         try:
             for folder in (path, self.sessions, self.quarantine):
                 _make(folder, disk)
@@ -156,6 +157,20 @@ def _make(folder: Path, disk: Disk) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for each in reversed(missing):
         disk.flush_directory(each.parent)
+
+
+def check_sessions(path: Path) -> None:
+    """Make sure that a store still has its session files' directory.
+
+    Raises:
+        StartError: it has not. Every session would seem to have lost its file.
+
+    """
+    if (path / "STORE").exists() and not os.path.lexists(path / "sessions"):
+        raise StartError(
+            f"{path / 'sessions'} is missing, and {path} is a store: if it is a file system of its own, "
+            "mount it; else put it back from a backup, or make an empty one to go on without its files"
+        )
 
 
 @contextmanager
