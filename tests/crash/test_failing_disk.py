@@ -4,15 +4,16 @@ import asyncio
 import errno
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from crash.by_hand import BY_HAND, A, B
+from crash.by_hand import BY_HAND, A, B, quiet
 from crash.disks import WatchedDisk
 from engines import done, lines
-from sessionstored.engine import Refused, StartError
+from sessionstored.engine import Refused, Request, StartError
 from sessionstored.engine.jsonl import open_jsonl
-from sessionstored.rules import Append
+from sessionstored.rules import Append, Fork, Mutation, Replace
 
 
 def fail_to_flush(_: int, kind: str, __: Path | int) -> None:
@@ -31,6 +32,27 @@ async def test_an_edited_file_that_cannot_be_flushed_when_read_stops_the_engine(
     with pytest.raises(Refused):
         await lines(engine, "k")
     assert "Errno 5" in await asyncio.wait_for(engine.failed(), 100)
+    await engine.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT], ids=["ENOSPC", "EDQUOT"])
+@pytest.mark.parametrize("change", [Replace("k", 0, 1, [B]), Fork("fork", "k")], ids=["rewrite", "fork"])
+async def test_a_flush_that_finds_the_device_full_is_a_failure_and_no_full_disk(
+    fast_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, change: Mutation
+) -> None:
+    """Its bytes may be lost, and the next flush would not say so: it must not simply be tried again."""
+    engine = await open_jsonl(fast_path, tuning=BY_HAND)
+    await done(engine, Append("k", [A, B]))
+    await quiet(engine)
+
+    def full(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with suppress(Refused):
+        await engine.submit([Request(change)])
+        await asyncio.get_running_loop().run_in_executor(None, engine._maintenance.guarded_round)
+    assert "Errno 5" in await asyncio.wait_for(engine.failed(), 60)
     await engine.close()
 
 

@@ -4,6 +4,7 @@ It exists so that tests can fail, cut or reorder any single step. It knows paths
 sessions.
 """
 
+import errno
 import os
 from pathlib import Path
 
@@ -26,14 +27,20 @@ class Disk:
         return os.write(fd, data)
 
     def flush(self, fd: int) -> None:
-        """Make a file's bytes durable."""
-        os.fsync(fd)
+        """Make a file's bytes durable.
+
+        Raises:
+            OSError: they may be lost, though a second flush may say that they are not. Never ENOSPC or
+                EDQUOT, which elsewhere mean that nothing happened.
+
+        """
+        _flush(fd)
 
     def flush_directory(self, path: Path) -> None:
-        """Make a directory's names durable."""
+        """Make a directory's names durable; as `flush`."""
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fsync(fd)
+            _flush(fd)
         finally:
             os.close(fd)
 
@@ -63,3 +70,13 @@ class Disk:
         view = memoryview(data)
         while view:
             view = view[self.write(fd, view[: 1 << 20].tobytes() if len(view) > 1 << 20 else bytes(view)) :]
+
+
+def _flush(fd: int) -> None:
+    """Flush; a device below that is full is a device that failed."""
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(errno.EIO, f"a flush failed: {error.strerror}") from error
+        raise
