@@ -35,7 +35,7 @@ RUNGS = (
         "power cut after EIO, stop, restart",
         power_cuts.run_after_failure,
         full=40,
-        sample=2,
+        sample=0,  # see docs/promises.md, "What is known to fail"
         unavailable=ext4.unavailable,
     ),
     Rung(
