@@ -2,7 +2,8 @@
 
 Every page, in the database and in its write-ahead log, ends with 8 bytes of checksum that are verified on
 each read; a page that is not what was written is an I/O error, never a row less. So what no row's own
-checksum covers (the catalogue, the windows, every index) is covered, too.
+checksum covers (the catalogue, the windows, every index) is covered, too. But for one thing: a page that is
+all zeros has the checksum of zeros, and where it is an overflow page SQLite reads it as it is.
 
 Knows SQLite's files only; nothing of rows.
 """
