@@ -24,7 +24,8 @@ from daemons import Daemon
 from sessionstore.v1 import session_store_pb2 as v1
 from sessionstored.engine.jsonl import Tuning, open_jsonl
 from sessionstored.engine.jsonl.blocks import Blocks
-from sessionstored.engine.jsonl.journal import Entry, Journal
+from sessionstored.engine.jsonl.catalogue import Entry
+from sessionstored.engine.jsonl.journal import Journal
 from sessionstored.engine.jsonl.names import file_name
 from sessionstored.engine.jsonl.text import header_line
 from sessionstored.rules import EMPTY_METADATA, Head

@@ -7,7 +7,8 @@ import pytest
 from crash.by_hand import A, B, C, crashed, opened, revision, round_of
 from crash.disks import copy_of
 from engines import done, lines
-from sessionstored.engine.jsonl.journal import Entry, Journal
+from sessionstored.engine.jsonl.catalogue import Entry
+from sessionstored.engine.jsonl.journal import Journal
 from sessionstored.rules import Append
 
 

@@ -8,8 +8,8 @@ import os
 from collections.abc import Sequence
 from stat import S_ISREG
 
+from sessionstored.engine.jsonl.catalogue import Entry
 from sessionstored.engine.jsonl.files import FileChanged, SessionFiles
-from sessionstored.engine.jsonl.journal import Entry
 from sessionstored.engine.jsonl.names import key_of_file_name
 from sessionstored.engine.jsonl.state import HEADERS_BYTES_MIN
 from sessionstored.engine.jsonl.text import BOM, Scan, adopted_head, scan

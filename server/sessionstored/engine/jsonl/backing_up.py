@@ -41,7 +41,7 @@ from sessionstored.engine.jsonl.committer import STOPPING, Committer
 from sessionstored.engine.jsonl.files import FULL
 from sessionstored.engine.jsonl.keeping import READING, Keeper
 from sessionstored.engine.jsonl.names import is_text
-from sessionstored.engine.jsonl.snapshot import Cataloged, Catalogue, Snapshot
+from sessionstored.engine.jsonl.snapshot import Cataloged, JournalCopy, Snapshot
 from sessionstored.engine.jsonl.store import FORMAT
 from sessionstored.engine.jsonl.vault import Vault
 from sessionstored.rules import Refusal
@@ -178,7 +178,7 @@ class _Backup:
             copy = folder / "journal.db"
             try:
                 cut = self._copy_journal(copy, keeper)
-                catalogue = Catalogue(copy)
+                catalogue = JournalCopy(copy)
                 try:
                     yield from self._everything(cut, catalogue, keeper, os.path.getsize(copy))
                     yield from self._file("journal.db", os.open(copy, os.O_RDONLY | os.O_CLOEXEC))
@@ -226,7 +226,7 @@ class _Backup:
         )
 
     def _everything(
-        self, cut: _Cut, catalogue: Catalogue, keeper: Keeper, journal_bytes: int
+        self, cut: _Cut, catalogue: JournalCopy, keeper: Keeper, journal_bytes: int
     ) -> Iterator[BackupItem]:
         """The header, every session's file, and what is in quarantine."""
         defect = catalogue.defect()

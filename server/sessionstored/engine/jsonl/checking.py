@@ -184,10 +184,10 @@ class Check:
         """Every file and every session, against the catalogue and the journal's rows."""
         waiting = WaitingChanges(journal)
         yield from self._rows(journal, waiting)
-        self.sessions_total = journal.count()
+        self.sessions_total = journal.catalogue.count()
         inspector = Inspector(self._data, waiting, self._temporaries, self._renamed, self.summary)
         yield from self._unknown_files(journal, waiting)
-        for entry in journal.entries():
+        for entry in journal.catalogue.entries():
             finding = inspector.session(entry)
             if finding is not None and not (finding.verdict is Verdict.OK and finding.key in self._claimed):
                 yield finding
@@ -217,7 +217,7 @@ class Check:
         new = {one.file for one in waiting.sessions.values() if one.head is not None}
         keys: dict[str, str] = {}
         for name in self._names:
-            owner = journal.key_of_file(name)
+            owner = journal.catalogue.key_of_file(name)
             if name in new or (owner is not None and waiting.touched(owner) is None):
                 continue
             if self._is_buried(name, waiting):
@@ -250,7 +250,7 @@ class Check:
         one = waiting.touched(key)
         if one is not None:
             return one.file if one.head is not None else ""
-        entry = journal.entry(key)
+        entry = journal.catalogue.entry(key)
         if entry is None:
             return ""
         if not (self._sessions / entry.file).exists() and entry.bad_line >= 0:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from sessionstored.engine import Refused
 from sessionstored.engine.jsonl.adoption import Unadoptable, adopt
+from sessionstored.engine.jsonl.catalogue import Entry
 from sessionstored.engine.jsonl.files import FileChanged
-from sessionstored.engine.jsonl.journal import Entry
 from sessionstored.engine.jsonl.records import SessionRecord, read_row
 from sessionstored.engine.jsonl.state import State, data_loss
 from sessionstored.rules import Refusal
@@ -125,7 +125,7 @@ def condemn(vault: "Vault", state: State, refusal: Refusal) -> bool:
 
 def _journalled(vault: "Vault", state: State) -> bytes:
     """The messages that the journal has for a session beyond its catalogue row, as JSONL."""
-    known = vault.journal.entry(state.key)
+    known = vault.journal.catalogue.entry(state.key)
     floor = known.head.revision if known and known.file == state.file.name else 0
     lines: list[bytes] = []
     named = json.dumps(state.key, ensure_ascii=False).encode()  # as a record spells it

@@ -7,10 +7,10 @@ import time
 from dataclasses import replace
 
 from sessionstored.engine import Refused
+from sessionstored.engine.jsonl.catalogue import Entry
 from sessionstored.engine.jsonl.committer import Committer
 from sessionstored.engine.jsonl.files import FileChanged
 from sessionstored.engine.jsonl.group import PreparedFork
-from sessionstored.engine.jsonl.journal import Entry
 from sessionstored.engine.jsonl.vault import Vault
 from sessionstored.rules import Fork
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sessionstored.engine import Refused, Reply, Request
+from sessionstored.engine.jsonl.answers import StoredRequest
+from sessionstored.engine.jsonl.catalogue import Entry
 from sessionstored.engine.jsonl.files import CHANGED, FileChanged
-from sessionstored.engine.jsonl.journal import Entry, StoredRequest
 from sessionstored.engine.jsonl.records import CallRecord, DeleteRecord, RequestRecord, Row
 from sessionstored.engine.jsonl.state import Draft, State, data_loss
 from sessionstored.engine.jsonl.vault import Vault

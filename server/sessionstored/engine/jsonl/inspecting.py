@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from sessionstored.engine.jsonl.blocks import Blocks
+from sessionstored.engine.jsonl.catalogue import Entry
 from sessionstored.engine.jsonl.examining import Examined, Unreadable, examine, opened
 from sessionstored.engine.jsonl.findings import Finding, Remedy, Summary, Verdict
-from sessionstored.engine.jsonl.journal import Entry
 from sessionstored.engine.jsonl.names import short_name, temporary_name
 from sessionstored.engine.jsonl.text import adopted_head, is_header
 from sessionstored.engine.jsonl.waiting import Waiting, WaitingChanges

@@ -19,10 +19,11 @@ from typing import TypeVar
 import apsw
 
 from sessionstored.engine import Refused
+from sessionstored.engine.jsonl.answers import StoredRequest
+from sessionstored.engine.jsonl.catalogue import Entry
 from sessionstored.engine.jsonl.committer import Committer, is_disk_full
 from sessionstored.engine.jsonl.damage import condemn
 from sessionstored.engine.jsonl.files import FileChanged, Region
-from sessionstored.engine.jsonl.journal import Entry, StoredRequest
 from sessionstored.engine.jsonl.state import File, State
 from sessionstored.engine.jsonl.vault import Vault
 from sessionstored.rules import Head, Refusal

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from sessionstored.engine import StartError
 from sessionstored.engine.jsonl.adoption import Unadoptable, Unreadable, adopt
+from sessionstored.engine.jsonl.catalogue import Entry
 from sessionstored.engine.jsonl.damage import condemn, succeed
 from sessionstored.engine.jsonl.files import FileChanged
-from sessionstored.engine.jsonl.journal import Entry
 from sessionstored.engine.jsonl.names import SUFFIX, file_name, is_temporary_name, temporary_name
 from sessionstored.engine.jsonl.ours import Ours, known_length
 from sessionstored.engine.jsonl.records import (
@@ -65,7 +65,7 @@ class Recovery:
         self._finish_temporaries()
         self._replay()
         self._files = self._files_in_use()
-        vault.session_count = vault.journal.count()
+        vault.session_count = vault.journal.catalogue.count()
         for state in self._touched.values():
             self._reconcile(state)
         for record in self._ours.tombstones:
@@ -78,7 +78,7 @@ class Recovery:
 
     def _files_in_use(self) -> set[str]:
         """The files of living sessions, as the replay left them."""
-        names = {file for key, file, _ in self._vault.journal.files() if key not in self._touched}
+        names = {file for key, file, _ in self._vault.journal.catalogue.files() if key not in self._touched}
         names.update(state.file.name for state in self._touched.values() if state.head is not None)
         return names
 
@@ -90,7 +90,7 @@ class Recovery:
         found = {name for name in os.listdir(files.sessions) if is_temporary_name(name)}
         if not found:
             return
-        for _, file, generation in list(self._vault.journal.files()):
+        for _, file, generation in list(self._vault.journal.catalogue.files()):
             name = temporary_name(file, generation)
             if name in found:
                 found.remove(name)
@@ -145,7 +145,7 @@ class Recovery:
         """The state of a key as the replay has it so far."""
         state = self._states.get(key)
         if state is None:
-            entry = self._vault.journal.entry(key)
+            entry = self._vault.journal.catalogue.entry(key)
             self._known[key] = entry.head.revision if entry else 0
             state = State(key, File("")) if entry is None else state_of_entry(entry)
             self._states[key] = state
@@ -324,7 +324,7 @@ class Recovery:
         """Whether another file claims the same key; both are named, and neither is served."""
         vault, key = self._vault, entry.head.key
         state = self._touched.get(key)
-        owner = adopted.get(key) or vault.journal.entry(key)
+        owner = adopted.get(key) or vault.journal.catalogue.entry(key)
         if key not in adopted and state is not None and state.head is None:
             with vault.lock:  # a deleted session's key begins anew with this file
                 vault.clean(state)
@@ -353,7 +353,7 @@ class Recovery:
     def _make_way(self, entry: Entry) -> None:
         """Take its file's name from a deleted session, whose catalogue row stays until the checkpoint."""
         journal = self._vault.journal
-        former = journal.entry_of_file(entry.file)
+        former = journal.catalogue.entry_of_file(entry.file)
         if former is not None and former.head.key != entry.head.key:
             former.file = temporary_name(former.file, former.generation)
             journal.put_entries([former])

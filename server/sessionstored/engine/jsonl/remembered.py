@@ -7,7 +7,8 @@ journal has it. For the committer's thread only.
 from collections import OrderedDict
 from collections.abc import Callable
 
-from sessionstored.engine.jsonl.journal import Journal, StoredRequest
+from sessionstored.engine.jsonl.answers import StoredRequest
+from sessionstored.engine.jsonl.journal import Journal
 from sessionstored.engine.jsonl.records import CallRecord, RequestRecord
 from sessionstored.rules import Limits
 from sessionstored.windows import Call, CallWindow
@@ -31,7 +32,8 @@ class Windows:
         """A copy of a client's window; an empty one if it is unknown."""
         window = self.dirty_clients.get(client_id) or self._clients.get(client_id)
         if window is None:
-            window = self._journal.call_window(client_id) or CallWindow(last_contact_s=self._clock_s())
+            known = self._journal.answers.call_window(client_id)
+            window = known or CallWindow(last_contact_s=self._clock_s())
             self._clients[client_id] = window
             while len(self._clients) > self._in_memory_max:
                 self._clients.popitem(last=False)
@@ -41,7 +43,7 @@ class Windows:
 
     def stored_request(self, key: str, request_id: str) -> StoredRequest | None:
         """What is kept under a request_id, unless it is over its limits."""
-        stored = self.dirty_requests.get((key, request_id)) or self._journal.request(key, request_id)
+        stored = self.dirty_requests.get((key, request_id)) or self._journal.answers.request(key, request_id)
         if stored is None or self._clock_s() - stored.at_s > self._limits.window_age_max_s:
             return None
         newest = self.request_number(key)
@@ -51,7 +53,7 @@ class Windows:
         """The number of a session's newest request_id; 0 if there is none."""
         number = self._numbers.get(key)
         if number is None:
-            number = self._numbers[key] = self._journal.last_request_number(key)
+            number = self._numbers[key] = self._journal.answers.last_request_number(key)
         return number
 
     def publish(self, clients: dict[str, CallWindow], requests: dict[tuple[str, str], StoredRequest]) -> None:
@@ -86,7 +88,7 @@ class Windows:
 
     def replay_request(self, record: RequestRecord, clock_s: float) -> None:
         """Take a journal record in, unless the database has it already."""
-        known = self._journal.request(record.key, record.request_id)
+        known = self._journal.answers.request(record.key, record.request_id)
         if known is None or known.remembered != record.remembered:
             stored = StoredRequest(self.request_number(record.key) + 1, clock_s, record.remembered)
             self.publish({}, {(record.key, record.request_id): stored})

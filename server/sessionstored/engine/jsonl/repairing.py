@@ -21,13 +21,13 @@ from datetime import UTC, datetime
 from sessionstored.engine import Refused, Request
 from sessionstored.engine.jsonl import DEFAULT_TUNING
 from sessionstored.engine.jsonl.adoption import Unadoptable, adopt
+from sessionstored.engine.jsonl.catalogue import Entry
 from sessionstored.engine.jsonl.committer import Committer, Job, is_disk_full
 from sessionstored.engine.jsonl.disk import Disk
 from sessionstored.engine.jsonl.examining import Examined, Unreadable, examine
 from sessionstored.engine.jsonl.files import FileChanged
 from sessionstored.engine.jsonl.findings import Finding, Remedy
 from sessionstored.engine.jsonl.inspecting import pending_text, rotted
-from sessionstored.engine.jsonl.journal import Entry
 from sessionstored.engine.jsonl.maintenance import Maintenance
 from sessionstored.engine.jsonl.opening import open_vault
 from sessionstored.engine.jsonl.store import Directory
@@ -161,7 +161,7 @@ class Repair:
 
     def _must_be_missing(self, key: str) -> str:
         vault = self._vault
-        entry = vault.journal.entry(key)
+        entry = vault.journal.catalogue.entry(key)
         if entry is None or key in vault.claims or (vault.files.sessions / entry.file).exists():
             raise _LeftAlone(_ANOTHER)
         return ""
@@ -233,7 +233,7 @@ class _Mending:
         if state.dirty:
             raise _LeftAlone("changes still wait for its file: make room, and repair again")
         vault.forget(state)
-        entry = vault.journal.entry(key)
+        entry = vault.journal.catalogue.entry(key)
         if entry is None:
             raise _LeftAlone("there is no such session; see what is in quarantine")
         return entry

@@ -30,7 +30,7 @@ from sessionstored.engine import StartError
 from sessionstored.engine.jsonl import pages
 from sessionstored.engine.jsonl.disk import Disk
 from sessionstored.engine.jsonl.journal import FormatError, Journal
-from sessionstored.engine.jsonl.snapshot import Catalogue
+from sessionstored.engine.jsonl.snapshot import JournalCopy
 from sessionstored.engine.jsonl.store import FORMAT, Directory, new_store, with_ceiling
 
 MANIFEST = "MANIFEST.json"
@@ -246,7 +246,7 @@ def _open_journal(path: Path) -> Journal:
     """The journal, found to be sound."""
     try:
         pages.register()
-        catalogue = Catalogue(path)
+        catalogue = JournalCopy(path)
         try:
             defect = catalogue.defect()
         finally:

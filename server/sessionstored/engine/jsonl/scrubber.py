@@ -17,9 +17,10 @@ from functools import partial
 from sessionstored.engine import Refused, Scrub
 from sessionstored.engine.jsonl import pages
 from sessionstored.engine.jsonl.blocks import BLOCK_BYTES
+from sessionstored.engine.jsonl.catalogue import Entry
 from sessionstored.engine.jsonl.committer import Committer
 from sessionstored.engine.jsonl.damage import confirm
-from sessionstored.engine.jsonl.journal import Entry, Reader
+from sessionstored.engine.jsonl.journal import Reader
 from sessionstored.engine.jsonl.vault import Vault
 
 log = logging.getLogger(__name__)

@@ -78,7 +78,7 @@ class Snapshot:
         self._db.close()
 
 
-class Catalogue:
+class JournalCopy:
     """The catalogue of a copy that nobody changes."""
 
     def __init__(self, path: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sessionstored.engine.jsonl.blocks import Blocks, Mark
-from sessionstored.engine.jsonl.journal import Entry
+from sessionstored.engine.jsonl.catalogue import Entry
 from sessionstored.rules import Change, Head, Refusal
 
 HEADERS_BYTES_MIN = 8192

@@ -15,10 +15,11 @@ from itertools import islice
 from typing import TypeVar
 
 from sessionstored.engine import Refused
+from sessionstored.engine.jsonl.catalogue import Entry
 from sessionstored.engine.jsonl.damage import adopt_again, condemn
 from sessionstored.engine.jsonl.disk import Disk
 from sessionstored.engine.jsonl.files import CHANGED, FULL, FileChanged, Region, SessionFiles
-from sessionstored.engine.jsonl.journal import Entry, Journal, Reader
+from sessionstored.engine.jsonl.journal import Journal, Reader
 from sessionstored.engine.jsonl.names import file_name
 from sessionstored.engine.jsonl.records import Row
 from sessionstored.engine.jsonl.remembered import Windows
@@ -118,7 +119,7 @@ class Vault:
             self.forget(state)
             state = None
         if state is None:
-            entry = self.journal.entry(key)
+            entry = self.journal.catalogue.entry(key)
             if entry is not None and key not in self.claims and self._edited(entry):
                 entry = adopt_again(self, entry)
             state = self._load(key, entry)
@@ -339,7 +340,7 @@ class Vault:
 
     def file_for(self, state: State) -> str:
         """The file name of a session to be created: the one that it had, or a new one."""
-        return state.file.name or self.reserve_name(state.key, self.journal.file_taken)
+        return state.file.name or self.reserve_name(state.key, self.journal.catalogue.file_taken)
 
     def reserve_name(self, key: str, taken: Callable[[str], bool]) -> str:
         """A file name that no session and no file has."""

@@ -51,7 +51,7 @@ class WaitingChanges:
     def _of(self, key: str) -> Waiting:
         waiting = self.sessions.get(key)
         if waiting is None:
-            entry = self._journal.entry(key)
+            entry = self._journal.catalogue.entry(key)
             waiting = (
                 Waiting(None, "", 0)
                 if entry is None
