@@ -27,6 +27,9 @@ FILE_NAME = "sessionstored.toml"
 # A message length is an int32 in gRPC.
 _BYTES_MAX = 1 << 30
 _COUNT_MAX = 1 << 31
+# The jsonl engine finds rows by indexes of its journal; entries of at most 1,000 bytes have no overflow page.
+KEY_BYTES_MAX = 640
+REQUEST_ID_BYTES_MAX = 320
 _INJECTED = re.compile("SESSIONSTORED_(?:PORT(?:_.*)?|SERVICE_.*)")
 # How Python holds bytes that are no UTF-8.
 _UNPAIRED = re.compile("[\ud800-\udfff]")
@@ -180,7 +183,7 @@ class Config:
     drain_s_max: float = _setting(
         5.0, "How long a stopping daemon waits for calls under way.", unit="s", minimum=0, maximum=3600
     )
-    key_bytes_max: int = _setting(512, "Length of a key.", unit="bytes", maximum=1024)
+    key_bytes_max: int = _setting(512, "Length of a key.", unit="bytes", maximum=KEY_BYTES_MAX)
     message_bytes_max: int = _setting(8 << 20, "Length of one message.", unit="bytes", maximum=_BYTES_MAX)
     message_depth_max: int = _setting(
         200, "How deep the arrays and objects of a message nest.", unit="levels", maximum=200
@@ -193,7 +196,9 @@ class Config:
         256 << 10, "Length of a session's metadata.", unit="bytes", minimum=2, maximum=_BYTES_MAX
     )
     page_size_max: int = _setting(1000, "Sessions of one page of a listing.", unit="sessions")
-    request_id_bytes_max: int = _setting(256, "Length of a request_id.", unit="bytes", maximum=1024)
+    request_id_bytes_max: int = _setting(
+        256, "Length of a request_id.", unit="bytes", maximum=REQUEST_ID_BYTES_MAX
+    )
     window_calls_max: int = _setting(
         1024,
         "Answers that are kept per client, for calls that are sent again.",

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import apsw
 from sessionstored.engine.jsonl import pages, wal
+from sessionstored.engine.jsonl.catalogue import WritableCatalogue
 from sessionstored.engine.jsonl.disk import Disk
 
 KINDS = ("open_append", "create", "write", "flush", "flush_directory", "truncate", "rename", "unlink")
@@ -196,23 +197,24 @@ def keep_fingerprints(copy: Path, inodes: dict[str, int]) -> None:
 
     """
     with journal_of(copy) as db:
+        known = {(entry.inode, entry.size): entry for entry in WritableCatalogue(db).entries(skip_wrong=True)}
         for name, inode in inodes.items():
             stat = (copy / "sessions" / name).stat()
-            db.execute(
-                "UPDATE session SET inode = ?, mtime_ns = ? WHERE inode = ? AND size = ?",
-                (stat.st_ino, stat.st_mtime_ns, inode, stat.st_size),
-            )
+            entry = known.get((inode, stat.st_size))
+            if entry is not None:
+                entry.inode, entry.mtime_ns = stat.st_ino, stat.st_mtime_ns
+                WritableCatalogue(db).put(entry)
 
 
 def know_files_by_name(data: Path) -> None:
     """Let the catalogue of a directory that was copied by other means know the files that are there."""
     with journal_of(data) as db:
+        catalogue = WritableCatalogue(db)
         for path in (data / "sessions").iterdir():
-            stat = path.stat()
-            db.execute(
-                "UPDATE session SET inode = ?, mtime_ns = ? WHERE file = ?",
-                (stat.st_ino, stat.st_mtime_ns, path.name),
-            )
+            stat, entry = path.stat(), catalogue.entry_of_file(path.name)
+            if entry is not None:
+                entry.inode, entry.mtime_ns = stat.st_ino, stat.st_mtime_ns
+                catalogue.put(entry)
 
 
 @contextmanager

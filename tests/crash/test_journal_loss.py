@@ -14,6 +14,7 @@ from engines import done, lines, one, refused, request
 from sessionstored.engine import StartError
 from sessionstored.engine.jsonl import open_jsonl
 from sessionstored.engine.jsonl.store import REVISIONS_RESERVED
+from sessionstored.engine.jsonl.tables import row_crc
 from sessionstored.rules import DEFAULT_LIMITS, Append, Delete, Replace
 
 
@@ -170,7 +171,8 @@ async def test_a_lost_store_file_is_made_anew_from_the_journal(clean: Path) -> N
 async def test_the_ceiling_is_above_every_revision(clean: Path) -> None:
     before = store_of(clean)["revision_ceiling"]
     with journal_of(clean) as db:
-        db.execute("UPDATE meta SET value = ? WHERE name = 'revision'", (before,))
+        row = "revision", before
+        db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", (*row, row_crc(row)))
     async with opened(clean) as engine:
         answer = await done(engine, Append("k", [A]))
         ceiling = store_of(clean)["revision_ceiling"]

@@ -29,7 +29,7 @@ from sessionstored.engine.jsonl.listing import page
 from sessionstored.engine.jsonl.maintenance import Maintenance
 from sessionstored.engine.jsonl.opening import open_vault, start_error
 from sessionstored.engine.jsonl.scrubber import Scrubber
-from sessionstored.engine.jsonl.state import State
+from sessionstored.engine.jsonl.state import State, journal_damaged
 from sessionstored.engine.jsonl.store import Directory
 from sessionstored.rules import (
     DEFAULT_LIMITS,
@@ -357,7 +357,7 @@ class JsonlEngine:
             except Refused as refused:  # a copy of a call that was answered gets its answer all the same
                 return await self._submit([request], obstacle=refused.refusal)
             except pages.DAMAGED as error:
-                damaged = _journal_damaged(pages.describe(error))
+                damaged = journal_damaged(pages.describe(error))
                 return await self._submit([request], obstacle=damaged)
             except OSError as error:
                 self._committer.fail(f"{type(error).__name__}: {error}")
@@ -442,7 +442,7 @@ class JsonlEngine:
         try:
             return await self._loop.run_in_executor(self._readers, work)
         except pages.DAMAGED as error:
-            raise Refused(_journal_damaged(pages.describe(error))) from error
+            raise Refused(journal_damaged(pages.describe(error))) from error
 
     async def list(self, query: Query) -> Page:
         """One page of heads."""
@@ -505,12 +505,6 @@ def _size(request: Request) -> int:
     mutation = request.mutation
     lines = mutation.messages if isinstance(mutation, Create | Append | Replace) else ()
     return 512 + sum(map(len, lines)) + len(lines)
-
-
-def _journal_damaged(what: str) -> Refusal:
-    """The refusal for a read that met a damaged page of the journal, whosever it was."""
-    metadata = {"key": "", "file": "journal.db", "line": "0", "detail": what}
-    return Refusal("DATA_LOSS", f"journal.db is damaged: {what}; `sessionstored check` tells more", metadata)
 
 
 def _overloaded(what: str, limit: int) -> Refusal:

@@ -43,6 +43,7 @@ from sessionstored.engine.jsonl.keeping import READING, Keeper
 from sessionstored.engine.jsonl.names import is_text
 from sessionstored.engine.jsonl.snapshot import Cataloged, JournalCopy, Snapshot
 from sessionstored.engine.jsonl.store import FORMAT
+from sessionstored.engine.jsonl.tables import WrongRow
 from sessionstored.engine.jsonl.vault import Vault
 from sessionstored.rules import Refusal
 
@@ -133,6 +134,8 @@ class _Backup:
                 return next(self._blocks, ())
             except apsw.FullError as error:
                 raise Refused(self._committer.full()) from error
+            except WrongRow as wrong:
+                raise Refused(_journal_damaged(str(wrong), wrong.key)) from wrong
             except pages.DAMAGED as error:
                 raise Refused(_journal_damaged(pages.describe(error))) from error
             except OSError as error:
@@ -314,8 +317,8 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _journal_damaged(what: str) -> Refusal:
-    metadata = {"key": "", "file": "journal.db", "line": "0", "detail": what}
+def _journal_damaged(what: str, key: str = "") -> Refusal:
+    metadata = {"key": key, "file": "journal.db", "line": "0", "detail": what}
     return Refusal("DATA_LOSS", f"journal.db is damaged: {what}: it cannot be backed up", metadata)
 
 

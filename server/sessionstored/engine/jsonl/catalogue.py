@@ -3,38 +3,43 @@
 Knows this table's rows, through whichever connection it is given; nothing of transactions or decisions.
 """
 
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
+from zlib import crc32
 
 import apsw
 
 from sessionstored.engine import Order, Query
 from sessionstored.engine.jsonl.blocks import Blocks
-from sessionstored.engine.jsonl.tables import one_value
+from sessionstored.engine.jsonl.tables import WrongRow, one_value
 from sessionstored.rules import Head
 
 SCHEMA = """
-CREATE TABLE session(key TEXT NOT NULL UNIQUE, file TEXT NOT NULL UNIQUE, generation INTEGER NOT NULL,
-    revision INTEGER NOT NULL, rewrite_revision INTEGER NOT NULL, message_count INTEGER NOT NULL,
-    last_consolidated INTEGER NOT NULL, create_time_us INTEGER NOT NULL, update_time_us INTEGER NOT NULL,
-    damage TEXT NOT NULL, bad_line INTEGER NOT NULL, superseded_bytes INTEGER NOT NULL,
-    length INTEGER NOT NULL, size INTEGER NOT NULL, inode INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
-    metadata BLOB NOT NULL, blocks BLOB NOT NULL);
+CREATE TABLE session(generation INTEGER NOT NULL, revision INTEGER NOT NULL,
+    rewrite_revision INTEGER NOT NULL, message_count INTEGER NOT NULL, last_consolidated INTEGER NOT NULL,
+    create_time_us INTEGER NOT NULL, update_time_us INTEGER NOT NULL, bad_line INTEGER NOT NULL,
+    superseded_bytes INTEGER NOT NULL, length INTEGER NOT NULL, size INTEGER NOT NULL, inode INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL, crc INTEGER NOT NULL, key TEXT NOT NULL UNIQUE, file TEXT NOT NULL UNIQUE,
+    damage TEXT NOT NULL, metadata BLOB NOT NULL, blocks BLOB NOT NULL);
 CREATE INDEX session_by_update_time ON session(update_time_us, key);
 """
-_SESSION = (
-    "key, file, generation, revision, rewrite_revision, message_count, last_consolidated, create_time_us, "
-    "update_time_us, damage, bad_line, superseded_bytes, length, size, inode, mtime_ns, metadata, blocks"
+_NUMBERS = (
+    "generation, revision, rewrite_revision, message_count, last_consolidated, create_time_us, "
+    "update_time_us, bad_line, superseded_bytes, length, size, inode, mtime_ns"
 )
+_TEXTS = "CAST(key AS BLOB), CAST(file AS BLOB), CAST(damage AS BLOB)"
+_READ = f"rowid, crc, {_NUMBERS}, {_TEXTS}, metadata, blocks"
+_COLUMNS = [*_NUMBERS.split(", "), "key", "file", "damage", "metadata", "blocks"]
 _UPSERT = (
-    f"INSERT INTO session({_SESSION}) VALUES ({', '.join('?' * 18)}) ON CONFLICT(key) DO UPDATE SET "
-    + ", ".join(f"{column} = excluded.{column}" for column in _SESSION.split(", ")[1:])
+    f"INSERT INTO session({', '.join(_COLUMNS)}, crc) VALUES ({', '.join('?' * (len(_COLUMNS) + 1))}) "
+    "ON CONFLICT(key) DO UPDATE SET "
+    + ", ".join(f"{column} = excluded.{column}" for column in [*_COLUMNS, "crc"] if column != "key")
 )
-_HEAD = (
-    "key, revision, rewrite_revision, message_count, last_consolidated, metadata, create_time_us, "
-    "update_time_us, damage"
-)
+_FIXED = struct.Struct(f"<{len(_COLUMNS)}q")
+ROW_LOST = -2
+"""As an entry's `bad_line`: its row was not what was written, and this one stands in for it."""
 
 
 @dataclass(slots=True)
@@ -52,7 +57,26 @@ class Entry:
     mtime_ns: int
     superseded_bytes: int = 0
     bad_line: int = 0
-    """Not 0: a line inside cannot be read, and the session is not served."""
+    """Not 0: a line inside cannot be read, and the session is not served. Below 0: it is condemned."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownFile:
+    """What a catalogue row says of its session's file."""
+
+    rowid: int
+    key: str
+    file: str
+    generation: int
+    size: int
+    inode: int
+    mtime_ns: int
+    whole: bool = True
+    """False: the row is not what was written, and nothing of it counts."""
+
+
+_Row = tuple[Any, ...]
+"""A row as `_READ` selects it."""
 
 
 class Catalogue:
@@ -62,25 +86,48 @@ class Catalogue:
         self._db = db
 
     def entry(self, key: str) -> Entry | None:
-        """A session's catalogue row."""
+        """A session's catalogue row. Raises WrongRow."""
         return self._one("key = ?", key)
 
     def entry_of_file(self, file: str) -> Entry | None:
-        """The catalogue row of the session that has this file."""
+        """The catalogue row of the session that has this file. Raises WrongRow."""
         return self._one("file = ?", file)
 
     def file_taken(self, file: str) -> bool:
         """Whether a session has this file."""
         return bool(self._db.execute("SELECT 1 FROM session WHERE file = ?", (file,)).fetchone())
 
-    def files(self) -> Iterator[tuple[str, str, int]]:
-        """(key, file, generation) of every session."""
-        yield from self._db.execute("SELECT key, file, generation FROM session")
+    def files(self) -> Iterator[KnownFile]:
+        """Every session, and whether its row is whole."""
+        for row in self._rows(""):
+            yield _known_file(row)
 
-    def entries(self) -> Iterator[Entry]:
-        """Every catalogue row, as it is read: nothing may be written meanwhile."""
-        for row in self._db.execute(f"SELECT {_SESSION} FROM session"):
-            yield _entry_of(row)
+    def entries(self, *, skip_wrong: bool = False) -> Iterator[Entry]:
+        """Every catalogue row, as it is read: nothing may be written meanwhile. Raises WrongRow."""
+        for row in self._rows("ORDER BY rowid"):
+            if _is_whole(row):
+                yield _entry_of(row)
+            elif not skip_wrong:
+                raise self._wrong(row)
+
+    def indexed(self, rowid: int) -> tuple[str, str]:
+        """(key, file) of a row, as their indexes have them; "" for what they have not.
+
+        An index is read through for that: it is where a row that is not what was written can be told from.
+        """
+        said = []
+        for column, index in (("key", 1), ("file", 2)):
+            found = self._db.execute(
+                f"SELECT {column} FROM session INDEXED BY sqlite_autoindex_session_{index} WHERE rowid = ?",
+                (rowid,),
+            ).fetchone()
+            said.append("" if found is None else str(found[0]))
+        return said[0], said[1]
+
+    def raw(self, rowid: int) -> dict[str, object]:
+        """A row's columns as they are, right or wrong."""
+        row = self._db.execute(f"SELECT {_READ} FROM session WHERE rowid = ?", (rowid,)).fetchone()
+        return dict(zip(["rowid", "crc", *_COLUMNS], row or (), strict=bool(row)))
 
     def key_of_file(self, file: str) -> str | None:
         """Whose file this is."""
@@ -91,17 +138,13 @@ class Catalogue:
         """How many sessions the catalogue has."""
         return one_value(self._db, "SELECT count(*) FROM session")
 
-    def entries_after(self, rowid: int, count: int) -> list[tuple[int, str, str, int, int, int]]:
-        """(rowid, key, file, size, inode, mtime_ns) of the next rows, for a sweep."""
-        rows = self._db.execute(
-            "SELECT rowid, key, file, size, inode, mtime_ns FROM session WHERE rowid > ? "
-            "ORDER BY rowid LIMIT ?",
-            (rowid, count),
-        )
-        return cast("list[tuple[int, str, str, int, int, int]]", rows.fetchall())
+    def files_after(self, rowid: int, count: int) -> list[KnownFile]:
+        """The next rows, for a sweep."""
+        rows = self._rows("WHERE rowid > ? ORDER BY rowid LIMIT ?", rowid, count)
+        return [_known_file(row) for row in rows]
 
     def heads(self, query: Query) -> Iterator[Head]:
-        """The catalogue's heads that a query asks for, in its order, without end."""
+        """The catalogue's heads that a query asks for, in its order, without end. Raises WrongRow."""
         where, values = [], list[object]()
         by_time = query.order in (Order.UPDATE_TIME, Order.UPDATE_TIME_DESC)
         down = query.order in (Order.KEY_DESC, Order.UPDATE_TIME_DESC)
@@ -124,13 +167,25 @@ class Catalogue:
             for column in (["update_time_us"] if by_time else []) + ["key"]
         ]
         condition = "WHERE " + " AND ".join(where) if where else ""
-        sql = f"SELECT {_HEAD} FROM session {condition} ORDER BY {', '.join(order)}"
-        for row in self._db.execute(sql, values):
-            yield Head(*row)
+        for row in self._rows(f"{condition} ORDER BY {', '.join(order)}", *values):
+            if not _is_whole(row):
+                raise self._wrong(row)
+            yield _head_of(row)
+
+    def _rows(self, condition: str, *values: object) -> Iterator[_Row]:
+        yield from self._db.execute(f"SELECT {_READ} FROM session {condition}", values)
 
     def _one(self, where: str, value: str) -> Entry | None:
-        row = self._db.execute(f"SELECT {_SESSION} FROM session WHERE {where}", (value,)).fetchone()
-        return None if row is None else _entry_of(row)
+        row = next(self._rows(f"WHERE {where}", value), None)
+        if row is None:
+            return None
+        if not _is_whole(row):
+            raise self._wrong(row)
+        return _entry_of(row)
+
+    def _wrong(self, row: _Row) -> WrongRow:
+        key, _ = self.indexed(row[0])
+        return WrongRow("session", f"the row of session {key!r}" if key else f"row {row[0]}", key)
 
 
 class WritableCatalogue(Catalogue):
@@ -139,29 +194,25 @@ class WritableCatalogue(Catalogue):
     def put(self, entry: Entry) -> None:
         """Write a row. Within a transaction."""
         head = entry.head
-        self._db.execute(
-            _UPSERT,
-            (
-                head.key,
-                entry.file,
-                entry.generation,
-                head.revision,
-                head.rewrite_revision,
-                head.message_count,
-                head.last_consolidated,
-                head.create_time_us,
-                head.update_time_us,
-                head.damage,
-                entry.bad_line,
-                entry.superseded_bytes,
-                entry.blocks.length,
-                entry.size,
-                entry.inode,
-                entry.mtime_ns,
-                head.metadata,
-                entry.blocks.pack(),
-            ),
+        numbers = (
+            entry.generation,
+            head.revision,
+            head.rewrite_revision,
+            head.message_count,
+            head.last_consolidated,
+            head.create_time_us,
+            head.update_time_us,
+            entry.bad_line,
+            entry.superseded_bytes,
+            entry.blocks.length,
+            entry.size,
+            entry.inode,
+            entry.mtime_ns,
         )
+        texts = (head.key, entry.file, head.damage)
+        blobs = (head.metadata, entry.blocks.pack())
+        crc = _crc((*numbers, *(text.encode() for text in texts), *blobs))
+        self._db.execute(_UPSERT, (*numbers, *texts, *blobs, crc))
 
     def remove(self, key: str) -> None:
         """Remove a session's row. Within a transaction."""
@@ -178,28 +229,73 @@ def after_prefix(prefix: str) -> str:
     return ""
 
 
-def _entry_of(row: tuple[Any, ...]) -> Entry:
+def _crc(row: Sequence[Any]) -> int:
+    """`row_crc` of a row without rowid and crc, its texts encoded. A listing needs it of each session."""
+    *numbers, key, file, damage, metadata, blocks = row
+    fixed = _FIXED.pack(*numbers, len(key), len(file), len(damage), len(metadata), len(blocks))
+    return crc32(b"".join((fixed, key, file, damage, metadata, blocks)))
+
+
+def _is_whole(row: _Row) -> bool:
+    try:
+        return bool(_crc(row[2:]) == row[1])
+    except (TypeError, struct.error):  # not even the types are right
+        return False
+
+
+def _known_file(row: _Row) -> KnownFile:
+    """What a row says of its file; of one that is not whole, nothing."""
+    if not _is_whole(row):
+        return KnownFile(row[0], "", "", 0, 0, 0, 0, whole=False)
+    return KnownFile(row[0], row[15].decode(), row[16].decode(), row[2], row[12], row[13], row[14])
+
+
+def _head_of(row: _Row) -> Head:
     (
-        key,
-        file,
-        generation,
+        _,
+        _,
+        _,
         revision,
         rewrite_revision,
         count,
         consolidated,
         created,
         updated,
+        _,
+        _,
+        _,
+        _,
+        _,
+        _,
+        key,
+        _,
         damage,
-        bad_line,
-        superseded_bytes,
-        length,
+        metadata,
+        _,
+    ) = row
+    return Head(
+        key.decode(),
+        revision,
+        rewrite_revision,
+        count,
+        consolidated,
+        metadata,
+        created,
+        updated,
+        damage.decode(),
+    )
+
+
+def _entry_of(row: _Row) -> Entry:
+    generation, bad_line, superseded_bytes, length, size, inode, mtime_ns = row[2], *row[9:15]
+    return Entry(
+        _head_of(row),
+        row[16].decode(),
+        generation,
+        Blocks(length, row[19]),
         size,
         inode,
         mtime_ns,
-        metadata,
-        blocks,
-    ) = row
-    head = Head(key, revision, rewrite_revision, count, consolidated, metadata, created, updated, damage)
-    return Entry(
-        head, file, generation, Blocks(length, blocks), size, inode, mtime_ns, superseded_bytes, bad_line
+        superseded_bytes,
+        bad_line,
     )

@@ -11,6 +11,7 @@ caller keeps daemons away.
 import os
 import shutil
 from collections.abc import Generator, Iterator
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 
@@ -19,15 +20,18 @@ import apsw
 from sessionstored.engine import StartError
 from sessionstored.engine.jsonl import pages
 from sessionstored.engine.jsonl.adoption import Unadoptable, claimed_key
+from sessionstored.engine.jsonl.catalogue import Entry
 from sessionstored.engine.jsonl.examining import Unreadable, examine
 from sessionstored.engine.jsonl.files import FULL
 from sessionstored.engine.jsonl.findings import Finding, Remedy, Summary, Verdict
 from sessionstored.engine.jsonl.inspecting import Inspector, beyond_adoption
 from sessionstored.engine.jsonl.journal import FormatError, Journal
+from sessionstored.engine.jsonl.lost_rows import nobody, stand_in
 from sessionstored.engine.jsonl.names import SUFFIX, is_temporary_name, is_text
 from sessionstored.engine.jsonl.ours import known_length
 from sessionstored.engine.jsonl.records import DamagedRow, read_row
 from sessionstored.engine.jsonl.store import NewerFormatError, StoreFile, check_sessions, read_store
+from sessionstored.engine.jsonl.tables import WrongRow
 from sessionstored.engine.jsonl.waiting import WaitingChanges
 
 
@@ -45,6 +49,8 @@ class Check:
         self._temporaries: set[str] = set()
         self._claimed: set[str] = set()
         self._renamed: set[str] = set()
+        self._lost: dict[str, Entry] = {}
+        """Key -> what stands in for its catalogue row, which is not what was written."""
 
     def findings(self) -> Iterator[Finding]:
         """Everything, one after the other.
@@ -88,9 +94,12 @@ class Check:
             yield from self._plain()
             return
         try:
+            yield from self._identity(journal, store)
             yield from self._against(journal)
         except apsw.Error as error:
             yield _unreadable(error)
+        except WrongRow as wrong:
+            yield _journal_damage(str(wrong), Remedy.AWAY)
         finally:
             journal.close()
 
@@ -153,7 +162,6 @@ class Check:
         if wrong:
             journal.close()
             return None
-        yield from self._identity(journal, store)
         return journal
 
     def _identity(self, journal: Journal, store: StoreFile | None) -> Iterator[Finding]:
@@ -182,12 +190,13 @@ class Check:
 
     def _against(self, journal: Journal) -> Iterator[Finding]:
         """Every file and every session, against the catalogue and the journal's rows."""
-        waiting = WaitingChanges(journal)
+        yield from self._wrong_rows(journal)
+        waiting = WaitingChanges(journal, self._lost)
         yield from self._rows(journal, waiting)
         self.sessions_total = journal.catalogue.count()
         inspector = Inspector(self._data, waiting, self._temporaries, self._renamed, self.summary)
         yield from self._unknown_files(journal, waiting)
-        for entry in journal.catalogue.entries():
+        for entry in chain(journal.catalogue.entries(skip_wrong=True), self._lost.values()):
             finding = inspector.session(entry)
             if finding is not None and not (finding.verdict is Verdict.OK and finding.key in self._claimed):
                 yield finding
@@ -196,6 +205,19 @@ class Check:
                 finding = inspector.touched(key, one, None)
                 if finding is not None:
                     yield finding
+
+    def _wrong_rows(self, journal: Journal) -> Iterator[Finding]:
+        """The rows beside the journal's own that are not what was written."""
+        for row in journal.catalogue.files():
+            if row.whole:
+                continue
+            entry = stand_in(journal.catalogue, row.rowid, self._sessions)
+            if entry is None:
+                yield _journal_damage(nobody(row.rowid), Remedy.AWAY)
+            else:
+                self._lost[entry.head.key] = entry
+        for wrong in journal.answers.wrong_rows():
+            yield Finding(Verdict.DAMAGED, "journal.db", "", str(wrong), Remedy.EXPIRE)
 
     def _rows(self, journal: Journal, waiting: WaitingChanges) -> Iterator[Finding]:
         """The journal's rows: each one's checksum and records."""
@@ -216,8 +238,9 @@ class Check:
         """The files that no session has."""
         new = {one.file for one in waiting.sessions.values() if one.head is not None}
         keys: dict[str, str] = {}
+        lost_files = {entry.file: key for key, entry in self._lost.items()}
         for name in self._names:
-            owner = journal.catalogue.key_of_file(name)
+            owner = lost_files.get(name) or journal.catalogue.key_of_file(name)
             if name in new or (owner is not None and waiting.touched(owner) is None):
                 continue
             if self._is_buried(name, waiting):
@@ -250,7 +273,7 @@ class Check:
         one = waiting.touched(key)
         if one is not None:
             return one.file if one.head is not None else ""
-        entry = journal.catalogue.entry(key)
+        entry = self._lost.get(key) or journal.catalogue.entry(key)
         if entry is None:
             return ""
         if not (self._sessions / entry.file).exists() and entry.bad_line >= 0:

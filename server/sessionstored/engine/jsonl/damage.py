@@ -16,6 +16,7 @@ from sessionstored.engine.jsonl.catalogue import Entry
 from sessionstored.engine.jsonl.files import FileChanged
 from sessionstored.engine.jsonl.records import SessionRecord, read_row
 from sessionstored.engine.jsonl.state import State, data_loss
+from sessionstored.engine.jsonl.tables import WrongRow
 from sessionstored.rules import Refusal
 
 if TYPE_CHECKING:
@@ -125,7 +126,10 @@ def condemn(vault: "Vault", state: State, refusal: Refusal) -> bool:
 
 def _journalled(vault: "Vault", state: State) -> bytes:
     """The messages that the journal has for a session beyond its catalogue row, as JSONL."""
-    known = vault.journal.catalogue.entry(state.key)
+    try:
+        known = vault.journal.catalogue.entry(state.key)
+    except WrongRow:
+        known = None
     floor = known.head.revision if known and known.file == state.file.name else 0
     lines: list[bytes] = []
     named = json.dumps(state.key, ensure_ascii=False).encode()  # as a record spells it

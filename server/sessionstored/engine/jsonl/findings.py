@@ -30,6 +30,7 @@ class Remedy(Enum):
     TAKE = "look at the file: `sessionstored repair` takes it as it is now"
     REMOVE = "put the file back, or `sessionstored repair` removes the session"
     CLEAR = "`sessionstored repair` removes the mark"
+    EXPIRE = "repair does not touch this: calls that need it are refused by name, until it expires"
     HAND = "repair does not decide this: move, rename or restore the file by hand"
     RESTORE = "repair does not touch this: restore a backup, or start with --accept-loss"
     AWAY = "repair does not touch this: restore a backup, or move the file away and start with --accept-loss"

@@ -13,7 +13,8 @@ from sessionstored.engine.jsonl.answers import StoredRequest
 from sessionstored.engine.jsonl.catalogue import Entry
 from sessionstored.engine.jsonl.files import CHANGED, FileChanged
 from sessionstored.engine.jsonl.records import CallRecord, DeleteRecord, RequestRecord, Row
-from sessionstored.engine.jsonl.state import Draft, State, data_loss
+from sessionstored.engine.jsonl.state import Draft, State, data_loss, journal_damaged
+from sessionstored.engine.jsonl.tables import WrongRow
 from sessionstored.engine.jsonl.vault import Vault
 from sessionstored.engine.settle import settle
 from sessionstored.rules import Change, Fork, Head, Refusal, Replace
@@ -59,15 +60,18 @@ class Group:
         vault = self.vault
         self._request, self._fork, self._kept = request, fork, ()
         self._load(request)
-        settled = settle(
-            request,
-            self,
-            revision=vault.revision + 1,
-            now_us=self.now_us,
-            clock_s=self.clock_s,
-            limits=vault.limits,
-            obstacle=obstacle,
-        )
+        try:
+            settled = settle(
+                request,
+                self,
+                revision=vault.revision + 1,
+                now_us=self.now_us,
+                clock_s=self.clock_s,
+                limits=vault.limits,
+                obstacle=obstacle,
+            )
+        except WrongRow as wrong:  # what was answered before: nobody knows whether this call was
+            return Reply(journal_damaged(str(wrong), wrong.key))
         if settled.change is not None:
             vault.revision += 1
             self._record(request, settled.change)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sessionstored.engine.jsonl.blocks import Blocks
-from sessionstored.engine.jsonl.catalogue import Entry
+from sessionstored.engine.jsonl.catalogue import ROW_LOST, Entry
 from sessionstored.engine.jsonl.examining import Examined, Unreadable, examine, opened
 from sessionstored.engine.jsonl.findings import Finding, Remedy, Summary, Verdict
 from sessionstored.engine.jsonl.names import short_name, temporary_name
@@ -128,6 +128,9 @@ class Inspector:
         """The verdict on a session that the journal changes beyond its catalogue row, if it has one."""
         name = waiting.file or (entry.file if entry is not None else "")
         file = f"sessions/{name}" if name else "journal.db"
+        if entry is not None and entry.bad_line == ROW_LOST and not waiting.anew:
+            remedy = Remedy.TAKE if (self._sessions / name).exists() else Remedy.REMOVE
+            return self._condemned(key, file, entry.head.damage, remedy)
         if waiting.broken:
             detail = f"{waiting.broken}: what the journal has of it goes to quarantine"
             self._summary.not_served += entry is not None
@@ -231,6 +234,8 @@ def rotted(entry: Entry, sessions: Path, quarantine: Path) -> bool:
         FileNotFoundError, Unreadable: as `opened`.
 
     """
+    if entry.bad_line == ROW_LOST:
+        return False  # nobody knows what it should be
     with opened(sessions / entry.file) as (file, stat):
         size = stat.st_size
         file.seek(min(size, entry.blocks.length))

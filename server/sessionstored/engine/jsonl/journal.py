@@ -23,13 +23,13 @@ from sessionstored.engine.jsonl.answers import Answers, StoredRequest
 from sessionstored.engine.jsonl.catalogue import Catalogue, Entry, WritableCatalogue
 from sessionstored.engine.jsonl.records import checksum
 from sessionstored.engine.jsonl.snapshot import Snapshot
-from sessionstored.engine.jsonl.tables import one_value
+from sessionstored.engine.jsonl.tables import WrongRow, is_whole, one_value, row_crc
 from sessionstored.windows import CallWindow
 
 APPLICATION_ID = 0x53455353  # "SESS"
 SCHEMA_VERSION = 1
 _SCHEMA = """
-CREATE TABLE meta(name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE meta(name TEXT PRIMARY KEY, value, crc INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE journal(id INTEGER PRIMARY KEY, last_revision INTEGER NOT NULL, clock_s REAL NOT NULL,
     crc INTEGER NOT NULL, body BLOB NOT NULL);
 """
@@ -166,7 +166,7 @@ class Journal:
             for entry in entries:
                 self.catalogue.put(entry)
             if revision:
-                self._db.execute("INSERT OR REPLACE INTO meta VALUES ('revision', ?)", (revision,))
+                self._put_meta("revision", revision)
 
     def put_windows(
         self, clients: dict[str, CallWindow], requests: dict[tuple[str, str], StoredRequest]
@@ -215,32 +215,46 @@ class Journal:
             for key in buried:
                 self.catalogue.remove(key)
             for name, value in meta.items():
-                self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+                self._put_meta(name, value)
             self.answers.forget(touched, request_ids_max, forget_before_s)
         return sum(int(str(size)) for size, _ in dropped), buried
 
     def meta(self) -> dict[str, object]:
-        """The store's own values: store_id, revision, clock_s."""
-        return dict(self._db.execute("SELECT name, value FROM meta"))
+        """The store's own values: store_id, revision, clock_s. Raises WrongRow."""
+        found = {}
+        for name, value, crc in self._db.execute("SELECT name, value, crc FROM meta"):
+            if not is_whole((name, value), crc):
+                raise WrongRow("meta", f"the value {name!r}")
+            found[str(name)] = value
+        return found
 
     def put_meta(self, **values: object) -> None:
         """Write some of them."""
         with self.transaction():
             for name, value in values.items():
-                self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+                self._put_meta(name, value)
+
+    def _put_meta(self, name: str, value: object) -> None:
+        row = name, value
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", (*row, row_crc(row)))
 
     def last_revision(self) -> int:
         """The highest revision that a row names; 0 if there are no rows."""
         return one_value(self._db, "SELECT ifnull(max(last_revision), 0) FROM journal")
 
     def put_fingerprints(self, found: Iterable[tuple[str, int, int, int]]) -> None:
-        """Make files (name, size, inode, mtime_ns) those that the catalogue knows, in one transaction."""
+        """Make files (name, size, inode, mtime_ns) those that the catalogue knows, in one transaction.
+
+        Raises:
+            WrongRow: nothing was changed.
+
+        """
         with self.transaction():
             for file, size, inode, mtime_ns in found:
-                self._db.execute(
-                    "UPDATE session SET size = ?, inode = ?, mtime_ns = ? WHERE file = ?",
-                    (size, inode, mtime_ns, file),
-                )
+                entry = self.catalogue.entry_of_file(file)
+                if entry is not None:
+                    entry.size, entry.inode, entry.mtime_ns = size, inode, mtime_ns
+                    self.catalogue.put(entry)
 
     def integrity(self) -> list[str]:
         """What SQLite finds wrong in its own structures."""

@@ -389,18 +389,20 @@ class Maintenance:
     def _sweep(self) -> None:
         """Look for files that somebody else changed, some rows at a time."""
         vault = self._vault
-        rows = vault.reading(lambda reader: reader.entries_after(self._swept, self._sweep_rows))
-        for rowid, key, file, size, inode, mtime_ns in rows:
-            self._swept = rowid
+        rows = vault.reading(lambda reader: reader.files_after(self._swept, self._sweep_rows))
+        for row in rows:
+            self._swept = row.rowid
+            if not row.whole:
+                continue  # the scrubber tells
             with vault.lock:
-                state = vault.states.get(key)
+                state = vault.states.get(row.key)
                 in_use = state is not None and (state.dirty or state.bad is not None)
             try:
-                if in_use or vault.files.unchanged(file, size, inode, mtime_ns):
+                if in_use or vault.files.unchanged(row.file, row.size, row.inode, row.mtime_ns):
                     continue
             except FileNotFoundError:
                 continue  # its session says so when it is opened
-            self._look_again(key)
+            self._look_again(row.key)
             time.sleep(0)
         if not rows:
             self._swept = 0

@@ -21,6 +21,7 @@ from sessionstored.engine.jsonl.store import (
     refuse_unfinished,
     with_ceiling,
 )
+from sessionstored.engine.jsonl.tables import WrongRow
 from sessionstored.engine.jsonl.vault import Vault
 from sessionstored.rules import Limits
 
@@ -64,12 +65,17 @@ def open_vault(
         except BaseException:
             journal.close()
             raise
-    except (apsw.Error, OSError) as error:
+    except (apsw.Error, OSError, WrongRow) as error:
         raise start_error(directory, error) from error
 
 
-def start_error(directory: Directory, error: apsw.Error | OSError) -> StartError:
+def start_error(directory: Directory, error: apsw.Error | OSError | WrongRow) -> StartError:
     """What to tell the operator of a failure at the start."""
+    if isinstance(error, WrongRow):
+        return StartError(
+            f"{directory.journal} is damaged: {error}: restore it from a backup, or move it away and start "
+            "with --accept-loss"
+        )
     if isinstance(error, apsw.FullError) or (isinstance(error, OSError) and error.errno in FULL):
         return full(directory.path)
     # The index of the log did not get its room: SQLite does not say why.
@@ -95,8 +101,8 @@ def _open_journal(
         journal = Journal(directory.journal, durability, vfs)
     except FormatError as error:
         raise StartError(f"{error}: use the sessionstored that wrote it") from error
-    known_id = journal.meta().get("store_id")
     try:
+        known_id = journal.meta().get("store_id")
         if store is not None and known_id is None and not lost:
             _refuse_loss(directory, store, accept_loss)  # somebody emptied it
         if store is not None and known_id not in (None, store.store_id):
@@ -104,7 +110,7 @@ def _open_journal(
                 f"{directory.journal} belongs to store {known_id}, but STORE says {store.store_id}: "
                 "restore both from one backup"
             )
-    except StartError:
+    except BaseException:
         journal.close()
         raise
     return journal

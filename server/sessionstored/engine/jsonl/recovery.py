@@ -18,6 +18,7 @@ from sessionstored.engine.jsonl.adoption import Unadoptable, Unreadable, adopt
 from sessionstored.engine.jsonl.catalogue import Entry
 from sessionstored.engine.jsonl.damage import condemn, succeed
 from sessionstored.engine.jsonl.files import FileChanged
+from sessionstored.engine.jsonl.lost_rows import DAMAGE, nobody, stand_in
 from sessionstored.engine.jsonl.names import SUFFIX, file_name, is_temporary_name, temporary_name
 from sessionstored.engine.jsonl.ours import Ours, known_length
 from sessionstored.engine.jsonl.records import (
@@ -55,6 +56,10 @@ class Recovery:
         self._orphans: defaultdict[str, list[bytes]] = defaultdict(list)
         """Key -> messages of changes whose session has no beginning."""
         self._rows = 0
+        self._catalogued: list[tuple[str, str, int]] = []
+        """(key, file, generation) of every session, as the catalogue says at first."""
+        self._lost: dict[str, Entry] = {}
+        """Key -> what stands in for its catalogue row, which is not what was written."""
 
     def run(self) -> None:
         """Recover. Raises StartError if the journal is damaged."""
@@ -62,8 +67,10 @@ class Recovery:
         meta = vault.journal.meta()
         vault.revision = max(int(str(meta.get("revision", 0))), vault.revision)
         vault.set_clock(float(str(meta.get("clock_s", 0.0))))
+        self._read_catalogue()
         self._finish_temporaries()
         self._replay()
+        self._replace_lost_rows()
         self._files = self._files_in_use()
         vault.session_count = vault.journal.catalogue.count()
         for state in self._touched.values():
@@ -78,9 +85,43 @@ class Recovery:
 
     def _files_in_use(self) -> set[str]:
         """The files of living sessions, as the replay left them."""
-        names = {file for key, file, _ in self._vault.journal.catalogue.files() if key not in self._touched}
+        names = {file for key, file, _ in self._catalogued if key not in self._touched}
         names.update(state.file.name for state in self._touched.values() if state.head is not None)
         return names
+
+    # The catalogue.
+
+    def _read_catalogue(self) -> None:
+        """Verify every row. Raises StartError if one is wrong, and nothing tells whose it is."""
+        vault, catalogue = self._vault, self._vault.journal.catalogue
+        wrong = []
+        for row in catalogue.files():
+            if row.whole:
+                self._catalogued.append((row.key, row.file, row.generation))
+            else:
+                wrong.append(row.rowid)
+        for rowid in wrong:
+            entry = stand_in(catalogue, rowid, vault.files.sessions)
+            if entry is None:
+                raise StartError(
+                    f"{vault.directory.journal} is damaged: {nobody(rowid)}: restore it from a backup, or "
+                    "move it away and start with --accept-loss"
+                )
+            raw = f"{catalogue.raw(rowid)!r}\n".encode()
+            aside = vault.files.set_aside(entry.file, raw, "row")
+            log.error("session %r is damaged: %s: the row is in quarantine/%s", entry.head.key, DAMAGE, aside)
+            entry.head = replace(entry.head, damage=f"{DAMAGE}; the row is in quarantine/{aside}")
+            self._catalogued.append((entry.head.key, entry.file, entry.generation))
+            self._lost[entry.head.key] = entry
+
+    def _replace_lost_rows(self) -> None:
+        """Write what stands in for them. A session with changes waiting gets its revision from those."""
+        for key, entry in self._lost.items():
+            if key not in self._touched:
+                revision = self._vault.next_revision()
+                entry.head = replace(entry.head, revision=revision, rewrite_revision=revision)
+        if self._lost:
+            self._vault.journal.put_entries(self._lost.values(), self._vault.revision)
 
     # Temporary names.
 
@@ -90,12 +131,14 @@ class Recovery:
         found = {name for name in os.listdir(files.sessions) if is_temporary_name(name)}
         if not found:
             return
-        for _, file, generation in list(self._vault.journal.catalogue.files()):
+        for _, file, generation in self._catalogued:
             name = temporary_name(file, generation)
             if name in found:
                 found.remove(name)
                 files.install_generation(file, generation)
         for name in sorted(found):
+            if self._lost:  # one of them may have named it
+                files.set_aside(name, read_from(files.sessions / name, 0), "unnamed")
             files.disk.unlink(files.sessions / name)
 
     # The journal.
@@ -145,7 +188,7 @@ class Recovery:
         """The state of a key as the replay has it so far."""
         state = self._states.get(key)
         if state is None:
-            entry = self._vault.journal.catalogue.entry(key)
+            entry = self._lost.get(key) or self._vault.journal.catalogue.entry(key)
             self._known[key] = entry.head.revision if entry else 0
             state = State(key, File("")) if entry is None else state_of_entry(entry)
             self._states[key] = state
@@ -224,7 +267,8 @@ class Recovery:
     def _reconcile(self, state: State) -> None:
         """Make a touched session's file end where the catalogue says, and hand the state over."""
         vault, files, file = self._vault, self._vault.files, state.file
-        vault.session_count += (state.head is not None) - bool(self._known[state.key])
+        had = bool(self._known[state.key]) or state.key in self._lost
+        vault.session_count += (state.head is not None) - had
         state.dirty = True
         with vault.lock:
             vault.cached(state, state.cached_bytes)

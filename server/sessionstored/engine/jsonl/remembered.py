@@ -4,14 +4,18 @@ What a group publishes is in force at once; the database gets it with the next c
 journal has it. For the committer's thread only.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 
 from sessionstored.engine.jsonl.answers import StoredRequest
 from sessionstored.engine.jsonl.journal import Journal
 from sessionstored.engine.jsonl.records import CallRecord, RequestRecord
+from sessionstored.engine.jsonl.tables import WrongRow
 from sessionstored.rules import Limits
 from sessionstored.windows import Call, CallWindow
+
+log = logging.getLogger(__name__)
 
 
 class Windows:
@@ -79,7 +83,11 @@ class Windows:
 
     def replay_call(self, record: CallRecord, clock_s: float) -> None:
         """Take a journal record in; the database may have it already, and may have forgotten it since."""
-        window = self.call_window(record.client_id)
+        try:
+            window = self.call_window(record.client_id)
+        except WrongRow as wrong:  # stays so, and refuses this client's calls
+            log.error("%s", wrong)
+            return
         if record.sequence > window.floor and record.sequence not in window.answers:
             call = Call(record.client_id, record.sequence, record.answered_through)
             contact_s = max(clock_s, window.last_contact_s)
@@ -88,7 +96,11 @@ class Windows:
 
     def replay_request(self, record: RequestRecord, clock_s: float) -> None:
         """Take a journal record in, unless the database has it already."""
-        known = self._journal.answers.request(record.key, record.request_id)
+        try:
+            known = self._journal.answers.request(record.key, record.request_id)
+        except WrongRow as wrong:  # stays so, and refuses what asks for it
+            log.error("%s", wrong)
+            return
         if known is None or known.remembered != record.remembered:
             stored = StoredRequest(self.request_number(record.key) + 1, clock_s, record.remembered)
             self.publish({}, {(record.key, record.request_id): stored})

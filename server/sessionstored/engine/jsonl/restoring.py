@@ -32,6 +32,7 @@ from sessionstored.engine.jsonl.disk import Disk
 from sessionstored.engine.jsonl.journal import FormatError, Journal
 from sessionstored.engine.jsonl.snapshot import JournalCopy
 from sessionstored.engine.jsonl.store import FORMAT, Directory, new_store, with_ceiling
+from sessionstored.engine.jsonl.tables import WrongRow
 
 MANIFEST = "MANIFEST.json"
 MANIFEST_FORMAT = 1
@@ -161,8 +162,9 @@ def restore(backup: Path, data: Path, manifest: Manifest, progress: Callable[[in
         directory.restoring.unlink()
         _flush_directory(directory.path)
         return store.store_id
-    except (apsw.Error, OSError, RestoreError) as error:
-        what = pages.describe(error) if isinstance(error, apsw.Error) else str(error)
+    except (apsw.Error, OSError, RestoreError, WrongRow) as error:
+        what = f"journal.db is damaged: {error}" if isinstance(error, WrongRow) else str(error)
+        what = pages.describe(error) if isinstance(error, apsw.Error) else what
         raise RestoreError(f"{what}; what is in {data} is no store: empty it before you try again") from error
     finally:
         directory.close()

@@ -17,10 +17,11 @@ from functools import partial
 from sessionstored.engine import Refused, Scrub
 from sessionstored.engine.jsonl import pages
 from sessionstored.engine.jsonl.blocks import BLOCK_BYTES
-from sessionstored.engine.jsonl.catalogue import Entry
+from sessionstored.engine.jsonl.catalogue import Entry, KnownFile
 from sessionstored.engine.jsonl.committer import Committer
 from sessionstored.engine.jsonl.damage import confirm
 from sessionstored.engine.jsonl.journal import Reader
+from sessionstored.engine.jsonl.lost_rows import DAMAGE
 from sessionstored.engine.jsonl.vault import Vault
 
 log = logging.getLogger(__name__)
@@ -86,16 +87,25 @@ class Scrubber:
         """One pass over the catalogue."""
         after = 0
         while not self._stop.is_set():
-            rows = self._vault.reading(partial(Reader.entries_after, rowid=after, count=_ROWS))
+            rows = self._vault.reading(partial(Reader.files_after, rowid=after, count=_ROWS))
             if not rows:
                 return
-            for _, key, *_ in rows:
-                entry = self._vault.reading(partial(Reader.entry, key=key))
-                if entry is not None and not entry.bad_line:
-                    self._verify(entry)
+            for row in rows:
+                self._look_at(row)
                 if self._stop.is_set():
                     return
-            after = rows[-1][0]
+            after = rows[-1].rowid
+
+    def _look_at(self, row: KnownFile) -> None:
+        """One session: its catalogue row, then its file."""
+        if not row.whole:
+            key, _ = self._vault.reading(partial(Reader.indexed, rowid=row.rowid))
+            self._damaged += 1
+            log.error("session %r is damaged: %s", key, DAMAGE)
+            return
+        entry = self._vault.reading(partial(Reader.entry, key=row.key))
+        if entry is not None and not entry.bad_line:
+            self._verify(entry)
 
     def _verify(self, entry: Entry) -> None:
         """Compare one file with its checksums."""

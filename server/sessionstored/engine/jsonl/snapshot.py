@@ -15,6 +15,7 @@ import apsw
 
 from sessionstored.engine.jsonl import pages
 from sessionstored.engine.jsonl.blocks import Blocks
+from sessionstored.engine.jsonl.catalogue import Catalogue
 
 _PAGES_PER_STEP = 256
 
@@ -98,13 +99,10 @@ class JournalCopy:
         yield from self._db.execute("SELECT key, length FROM session")
 
     def sessions(self) -> Iterator[Cataloged]:
-        """Every session."""
-        for key, file, length, packed, bad_line, damage in self._db.execute(
-            "SELECT key, file, length, blocks, bad_line, damage FROM session ORDER BY rowid"
-        ):
-            yield Cataloged(
-                key, file, Blocks(length, packed), (damage or "it is damaged") if bad_line else ""
-            )
+        """Every session. Raises WrongRow."""
+        for entry in Catalogue(self._db).entries():
+            damage = (entry.head.damage or "it is damaged") if entry.bad_line else ""
+            yield Cataloged(entry.head.key, entry.file, entry.blocks, damage)
 
     def close(self) -> None:
         """Close."""

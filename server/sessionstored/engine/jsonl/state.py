@@ -201,6 +201,12 @@ def data_loss(key: str, file: str, line: int, detail: str) -> Refusal:
     )
 
 
+def journal_damaged(what: str, key: str = "") -> Refusal:
+    """The refusal for whoever met damage in the journal; `key` if it is one session's."""
+    metadata = {"key": key, "file": "journal.db", "line": "0", "detail": what}
+    return Refusal("DATA_LOSS", f"journal.db is damaged: {what}; `sessionstored check` tells more", metadata)
+
+
 @dataclass(slots=True)
 class Draft:
     """A session as a group in the making leaves it: the state's first `keep` messages, then `added`."""

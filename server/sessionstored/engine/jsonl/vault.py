@@ -11,6 +11,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import TypeVar
 
@@ -23,8 +24,9 @@ from sessionstored.engine.jsonl.journal import Journal, Reader
 from sessionstored.engine.jsonl.names import file_name
 from sessionstored.engine.jsonl.records import Row
 from sessionstored.engine.jsonl.remembered import Windows
-from sessionstored.engine.jsonl.state import File, State, data_loss, state_of_entry
+from sessionstored.engine.jsonl.state import File, State, data_loss, journal_damaged, state_of_entry
 from sessionstored.engine.jsonl.store import Directory, StoreFile, with_ceiling
+from sessionstored.engine.jsonl.tables import WrongRow
 from sessionstored.rules import Limits, Refusal
 
 T = TypeVar("T")
@@ -119,7 +121,10 @@ class Vault:
             self.forget(state)
             state = None
         if state is None:
-            entry = self.journal.catalogue.entry(key)
+            try:
+                entry = self.journal.catalogue.entry(key)
+            except WrongRow as wrong:
+                raise Refused(journal_damaged(str(wrong), wrong.key)) from wrong
             if entry is not None and key not in self.claims and self._edited(entry):
                 entry = adopt_again(self, entry)
             state = self._load(key, entry)
@@ -158,8 +163,7 @@ class Vault:
                 state = self.hot(key)
                 forgotten = self._forgotten
             if state is None:
-                with self._reader_lock:
-                    entry = self._reader.entry(key)
+                entry = self.reading(partial(Reader.entry, key=key))
                 if entry is None:
                     with self.lock:
                         if forgotten == self._forgotten and key not in self.states:
@@ -423,9 +427,12 @@ class Vault:
     # The reading connection.
 
     def reading(self, read: Callable[[Reader], T]) -> T:
-        """Read with the reading connection."""
+        """Read with the reading connection. Raises Refused for a row that is not what was written."""
         with self._reader_lock:
-            return read(self._reader)
+            try:
+                return read(self._reader)
+            except WrongRow as wrong:
+                raise Refused(journal_damaged(str(wrong), wrong.key)) from wrong
 
     def close(self) -> None:
         """Close files and database."""

@@ -5,6 +5,7 @@ It reads the rows as recovery does, and keeps no messages but those by which `Ou
 
 from dataclasses import dataclass, replace
 
+from sessionstored.engine.jsonl.catalogue import Entry
 from sessionstored.engine.jsonl.journal import Journal
 from sessionstored.engine.jsonl.ours import Ours
 from sessionstored.engine.jsonl.records import DeleteRecord, Record, SessionRecord
@@ -31,8 +32,9 @@ class Waiting:
 class WaitingChanges:
     """Every session that the journal changes."""
 
-    def __init__(self, journal: Journal) -> None:
-        self._journal = journal
+    def __init__(self, journal: Journal, lost: dict[str, Entry]) -> None:
+        """`lost` is what stands in for the catalogue rows that are not what was written."""
+        self._journal, self._lost = journal, lost
         self.ours = Ours()
         self.sessions: dict[str, Waiting] = {}
 
@@ -51,7 +53,7 @@ class WaitingChanges:
     def _of(self, key: str) -> Waiting:
         waiting = self.sessions.get(key)
         if waiting is None:
-            entry = self._journal.catalogue.entry(key)
+            entry = self._lost.get(key) or self._journal.catalogue.entry(key)
             waiting = (
                 Waiting(None, "", 0)
                 if entry is None
