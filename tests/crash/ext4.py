@@ -4,6 +4,8 @@ An ext4 image on a small tmpfs, mounted through a loop device. A cut is EXT4_IOC
 its log: from then on nothing reaches the device, and what did not reach it is gone after the next mount. The
 device fails while the tmpfs is filled up: blocks that hold nothing yet cannot be written then. So a flush of
 new data reports an error, perhaps only once, and the page cache goes on to show what is not on the device.
+The device gets one block at a time: of a larger write of which only the first blocks find room, a loop device
+says that all of it was written.
 
 A cut takes a moment, in which a flush may still report success. Measured with nothing but fdatasync in a
 loop, over 300 cuts: 42 flushes ended after the cut had begun, and of these 21 were not there after the next
@@ -23,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 
 IMAGE_BYTES = 96 << 20
+_BLOCK_BYTES = 4096
 _SHUTDOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN, _IOR('X', 125, __u32)
 _NO_LOG_FLUSH = 2
 _TRIM = 0xC0185879  # FITRIM
@@ -63,6 +66,7 @@ class Ext4:
         """Prepare; `root` is an empty directory."""
         self._memory, self.path = root / "memory", root / "disk"
         self._image, self._ballast = self._memory / "image", self._memory / "ballast"
+        self._request_kb, self._request_kb_before = Path(os.devnull), ""
 
     def __enter__(self) -> "Ext4":
         for folder in (self._memory, self.path):
@@ -72,7 +76,7 @@ class Ext4:
             fd = os.open(self._image, os.O_RDWR | os.O_CREAT, 0o600)
             try:
                 os.ftruncate(fd, IMAGE_BYTES)
-                _run("mkfs.ext4", "-q", "-F", "-b", 4096, self._image)
+                _run("mkfs.ext4", "-q", "-F", "-b", _BLOCK_BYTES, self._image)
                 os.posix_fallocate(fd, 0, IMAGE_BYTES)  # only now: it makes holes where zeros belong
             finally:
                 os.close(fd)
@@ -90,9 +94,15 @@ class Ext4:
     def mount(self) -> None:
         """Mount the image, as after the power is back."""
         _run("mount", "-o", "loop", self._image, self.path)
+        device = os.stat(self.path).st_dev
+        request_kb = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/queue/max_sectors_kb")
+        before = request_kb.read_text()
+        request_kb.write_text(f"{_BLOCK_BYTES >> 10}")
+        self._request_kb, self._request_kb_before = request_kb, before
 
     def unmount(self) -> None:
         """Unmount it; whoever had files open there must be gone."""
+        self._request_kb.write_text(self._request_kb_before)  # or whoever gets this device next has ours
         deadline = time.monotonic() + _BUSY_S
         while True:
             try:
@@ -114,17 +124,18 @@ class Ext4:
         """Make everything durable that was written so far."""
         _run("sync", "--file-system", self.path)
 
-    def break_device(self) -> None:
-        """Have writes of new blocks fail from now on."""
+    def break_device(self, room_bytes: int = 0) -> None:
+        """Have writes of new blocks fail from now on, but for so many bytes."""
         self._trim()
         fd = os.open(self._ballast, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             for _ in range(_FILL_ATTEMPTS):  # somebody may write meanwhile
                 stat = os.statvfs(self._memory)
-                if not stat.f_bavail:
+                too_much = stat.f_bavail * stat.f_frsize - room_bytes
+                if too_much <= 0:
                     return
                 with suppress(OSError):
-                    os.posix_fallocate(fd, os.fstat(fd).st_size, stat.f_bavail * stat.f_frsize)
+                    os.posix_fallocate(fd, os.fstat(fd).st_size, too_much)
             raise AssertionError("the device cannot be made to fail")
         finally:
             os.close(fd)
