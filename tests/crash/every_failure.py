@@ -3,9 +3,9 @@
 The run is a random history of at least 300 steps, from the first opening to the clean stop: writes, flushes,
 renames, truncations and so on of session files, STORE and journal, on the simulated disk. The n-th step fails
 with EIO, once or from then on; the n-th write takes a half, or a half and then ENOSPC. An error stops the
-engine; a full disk does not. Each is done twice. Once what is left is opened as it is, and as a power cut
-leaves it. Once the store is restarted first, and then the power is cut: what a failed flush left in the page
-cache is not on the disk.
+engine; a full disk does not. Each is done three times. Once what is left is opened as it is, and as a power
+cut leaves it. Once the store is restarted first, and then the power is cut; and once it is cut at a random
+step of that restart: what a failed flush left in the page cache is not on the disk.
 """
 
 import asyncio
@@ -30,6 +30,8 @@ from sessionstored.engine.jsonl import JsonlEngine
 from sessionstored.rules import Append
 
 STEPS_MIN = 300
+RESTART_STEPS = 30
+LEFT, RESTARTED, RESTARTING = "left as it is", "restarted", "cut in the restart"
 PATIENCE_S = 60
 
 
@@ -115,7 +117,7 @@ def plans(steps: list[str]) -> Iterator[Plan]:
                 yield Plan(at, Fault.SHORT, expected=kind)
 
 
-async def fail_once(path: Path, seed: int, plan: Plan, operations: int, restart: bool, tally: Tally) -> None:
+async def fail_once(path: Path, seed: int, plan: Plan, operations: int, after: str, tally: Tally) -> None:
     """Fail as planned, then look at what is left: as it is or restarted, and after a power cut."""
     history = FailingHistory(path / "data", seed, plan)
     disk, known = history.disk, history.known
@@ -127,18 +129,30 @@ async def fail_once(path: Path, seed: int, plan: Plan, operations: int, restart:
         tally.acknowledged += history.messages
         tally.unknown += known.under_way is not None
         tally.phases[plan.kind] += 1
-        if not restart:
+        if after == LEFT:
             await check(replace(known, model=copy.deepcopy(known.model)))
         else:
-            engine = await history.opened(vfs)
-            changed_keys(known, {key: await observe(engine, key) for key in known.acknowledged})
-            engine._committer.fail("killed")
-            await engine.close()
+            disk.cut_at = disk.steps + disk.rng.randint(1, RESTART_STEPS) if after == RESTARTING else 0
+            await restart(history, vfs)
         disk.cut(disk.rng)
     await check(known)
 
 
-def _of_every_kind(every: list[tuple[bool, Plan]], rng: random.Random) -> list[tuple[bool, Plan]]:
+async def restart(history: FailingHistory, vfs: str) -> None:
+    """Open the store, look, and kill it, unless the power goes meanwhile."""
+    known = history.known
+    try:
+        engine = await history.opened(vfs)
+    except StartError:
+        if history.disk.dead:
+            return
+        raise
+    changed_keys(known, {key: await observe(engine, key) for key in known.acknowledged})
+    engine._committer.fail("killed")
+    await engine.close()
+
+
+def _of_every_kind(every: list[tuple[str, Plan]], rng: random.Random) -> list[tuple[str, Plan]]:
     """Failures in random order, but first one of each kind."""
     rng.shuffle(every)
     first = {(plan.expected, plan.fault, plan.once): n for n, (_, plan) in enumerate(every)}
@@ -157,19 +171,19 @@ def fail_often(root: Path, seed: int, times: int, part: int = 0, parts: int = 1)
     tally = Tally()
     with in_memory(root) as memory:
         operations, steps = asyncio.run(whole_run(memory / "whole", seed))
-        every = [(restart, plan) for restart in (False, True) for plan in plans(steps)]
+        every = [(after, plan) for after in (LEFT, RESTARTED, RESTARTING) for plan in plans(steps)]
         if times < len(every):
             every = _of_every_kind(every, random.Random(seed))[:times]
         elif part == 0:
             tally.notes.append(f"a run of {len(steps)} steps and {operations} operations")
-        for n, (restart, plan) in enumerate(every):
+        for n, (after, plan) in enumerate(every):
             if n % parts != part:
                 continue
             path = memory / f"{n}"
             try:
-                asyncio.run(fail_once(path, seed, plan, operations, restart, tally))
+                asyncio.run(fail_once(path, seed, plan, operations, after, tally))
             except Exception as error:
-                what = f"seed {seed}, step {plan.at}, {plan.kind}, restarted: {restart}"
+                what = f"seed {seed}, step {plan.at}, {plan.kind}, {after}"
                 tally.lose(column_of(error), f"{what}: {error!r}")
             shutil.rmtree(path, ignore_errors=True)
             shutil.rmtree(path.with_suffix(".attic"), ignore_errors=True)

@@ -6,12 +6,19 @@ from pathlib import Path
 
 import pytest
 from crash.by_hand import BY_HAND, A, B, opened, quiet, says
-from crash.simulated import SECTOR_BYTES, Fault, SimulatedDisk
+from crash.simulated import SECTOR_BYTES, SHARES, Fault, SimulatedDisk
 from crash.simulated_journal import vfs_on
 from engines import done, lines
 from sessionstored.engine import Refused, StartError
 from sessionstored.engine.jsonl import open_jsonl
 from sessionstored.rules import Append
+
+
+class NoneOfIt(random.Random):
+    """Of what a failed flush should have made durable, nothing is."""
+
+    def choice(self, seq):
+        return seq[0]
 
 
 def write(disk: SimulatedDisk, path: Path, data: bytes) -> int:
@@ -115,3 +122,60 @@ async def test_a_start_that_fails_behind_a_torn_commit_loses_nothing(fast_path: 
             await open_jsonl(data, tuning=BY_HAND, disk=disk, vfs=vfs)
     async with opened(data) as engine:
         assert await lines(engine, "k") == [A]
+
+
+async def test_what_a_failed_flush_left_is_readable_and_never_durable(fast_path: Path) -> None:
+    """As with a page cache: a second flush succeeds, and does nothing for what the first one gave up."""
+    disk = SimulatedDisk(fast_path / "data")
+    path = fast_path / "data" / "sessions" / "one"
+    fd = write(disk, path, b"flushed")
+    disk.flush(fd)
+    disk.flush_directory(path.parent)
+    disk.write_all(fd, b" and given up")
+    disk.rng = NoneOfIt()
+    disk.fault = lambda _: Fault.ERROR
+    with pytest.raises(OSError, match="injected"):
+        disk.flush(fd)
+    disk.fault = lambda _: Fault.NONE
+    disk.flush(fd)
+    os.close(fd)
+    assert path.read_bytes() == b"flushed and given up"
+    disk.cut(random.Random(1), 1)
+    assert path.read_bytes() == b"flushed"
+
+
+async def start_that_is_cut(data: Path, cut_at: int, share: float) -> bool:
+    """A commit whose flush fails, then a start whose n-th step is its last; whether it had so many."""
+    disk = SimulatedDisk(data)
+    disk.rng = NoneOfIt()
+    with vfs_on(disk) as vfs:
+        engine = await open_jsonl(data, tuning=BY_HAND, disk=disk, vfs=vfs)
+        await done(engine, Append("k", [A]))
+        await quiet(engine)
+        disk.fault = lambda kind: Fault.ERROR if kind == "log flush" else Fault.NONE
+        with pytest.raises(Refused):
+            await done(engine, Append("k", [b'{"x": "%s"}' % (b"x" * 30_000)]))
+        await engine.close()
+        disk.fault = lambda _: Fault.NONE
+        disk.cut_at = disk.steps + cut_at
+        try:
+            await (await open_jsonl(data, tuning=BY_HAND, disk=disk, vfs=vfs)).close()
+        except StartError:
+            assert disk.dead
+        was_cut = disk.dead
+        disk.cut(random.Random(cut_at), share)
+    return was_cut
+
+
+@pytest.mark.parametrize("share", SHARES)
+async def test_a_log_whose_flush_failed_is_durable_before_it_is_moved(fast_path: Path, share: float) -> None:
+    """Else the database has parts of a commit, or of a page, that nothing on the disk can complete."""
+    for cut_at in range(1, 200):
+        data = fast_path / f"{cut_at}"
+        was_cut = await start_that_is_cut(data, cut_at, share)
+        async with opened(data) as engine:
+            assert (await lines(engine, "k"))[0] == A, f"cut at step {cut_at}"
+        if not was_cut:
+            assert cut_at > 10
+            return
+    raise AssertionError("a start has no end")

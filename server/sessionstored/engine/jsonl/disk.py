@@ -36,6 +36,20 @@ class Disk:
         """
         _flush(fd)
 
+    def write_again(self, path: Path) -> None:
+        """Write a file's bytes once more where they are, and flush them.
+
+        After a flush that failed, what a file says may be in memory only, and no flush writes it any more.
+        """
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            while data := os.read(fd, 1 << 20):
+                os.lseek(fd, -len(data), os.SEEK_CUR)
+                self.write_all(fd, data)
+            self.flush(fd)
+        finally:
+            os.close(fd)
+
     def flush_directory(self, path: Path) -> None:
         """Make a directory's names durable; as `flush`."""
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

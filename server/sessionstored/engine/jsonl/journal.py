@@ -272,7 +272,7 @@ class Journal:
     @property
     def log(self) -> Path:
         """The write-ahead log's file."""
-        return self._path.with_name(f"{self._path.name}-wal")
+        return log_of(self._path)
 
     def wal_checkpoint(self) -> bool:
         """Move the write-ahead log into the database, flush that, empty the log. Raises if any step fails.
@@ -303,3 +303,8 @@ class Reader(Catalogue):
     def close(self) -> None:
         """Close."""
         self._db.close()
+
+
+def log_of(database: Path) -> Path:
+    """The file of a database's write-ahead log."""
+    return database.with_name(f"{database.name}-wal")

@@ -3,6 +3,7 @@
 import logging
 import os
 import resource
+from contextlib import suppress
 from dataclasses import replace
 
 import apsw
@@ -11,7 +12,7 @@ from sessionstored.engine import StartError
 from sessionstored.engine.jsonl import pages
 from sessionstored.engine.jsonl.disk import Disk
 from sessionstored.engine.jsonl.files import FULL, SessionFiles
-from sessionstored.engine.jsonl.journal import FormatError, Journal
+from sessionstored.engine.jsonl.journal import FormatError, Journal, log_of
 from sessionstored.engine.jsonl.recovery import Recovery
 from sessionstored.engine.jsonl.store import (
     Directory,
@@ -49,6 +50,8 @@ def open_vault(
     try:
         store = directory.read_store()
         directory.remove_backup_folders()
+        if store is None or not store.clean:
+            _write_log_again(directory, disk)
         journal = _open_journal(directory, store, durability, accept_loss, vfs)
         try:
             return _recovered(
@@ -67,6 +70,16 @@ def open_vault(
             raise
     except (apsw.Error, OSError, WrongRow) as error:
         raise start_error(directory, error) from error
+
+
+def _write_log_again(directory: Directory, disk: Disk) -> None:
+    """Make the write-ahead log durable as it can be read: its last flush may have failed.
+
+    SQLite moves it into the database page by page. If the power went meanwhile, and the log on the disk were
+    shorter than the one that was read, nothing could complete a page or a commit of which a part was moved.
+    """
+    with suppress(FileNotFoundError):
+        disk.write_again(log_of(directory.journal))
 
 
 def start_error(directory: Directory, error: apsw.Error | OSError | WrongRow) -> StartError:
