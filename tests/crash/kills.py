@@ -8,7 +8,7 @@ import random
 import sys
 from pathlib import Path
 
-from crash.phases import Phases, phases_in_turn
+from crash.phases import Phases, aims
 from crash.storms import Storm
 from crash.tally import Tally
 from daemons import Daemon
@@ -25,7 +25,7 @@ def kill_storm(
     Args:
         root: an empty directory.
         seed: of every choice.
-        kills: how often.
+        kills: how often; a few more, where a phase was hit too rarely.
         variant: what the processes do about calls without an answer: see Storm.
         flags: more flags of the daemon.
 
@@ -38,10 +38,9 @@ def kill_storm(
     try:
         daemon.start()
         with Storm(root, daemon, seed, variant) as storm:
-            aims = phases_in_turn(rng)
-            for n in range(kills):
+            for aim in aims(tally.phases, kills, rng):
                 storm.await_acknowledgements()
-                phases.await_moment(aims[n % len(aims)], lambda: daemon.process.poll() is None, rng)
+                phases.await_moment(aim, lambda: daemon.process.poll() is None, rng)
                 daemon.kill()
                 storm.died()
                 tally.times += 1

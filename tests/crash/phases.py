@@ -10,7 +10,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,12 +19,14 @@ PHASES = ("commit", "append", "flush", "rename", "catalogue", "rewrite", "log")
 file written anew. catalogue: its rows, the windows', and the end of a checkpoint. rewrite: a file is written
 anew, under a temporary name. log: SQLite's log is moved into the database."""
 AIMED_AT = ("commit", "append", "flush", "rename", "catalogue")
-"""Those that a full run has to hit."""
+"""Those that a full run has to hit, each at least HITS_MIN times."""
+HITS_MIN = 10
+_TIMES_PER_HIT = 20
 BRIEF = ("append", "rename", "catalogue")
 """Over sooner than a killer comes: while it waits for one, the daemon lingers before and after the work."""
 _LINGER_S = 0.005
 _SPIN_S = 2.0
-_ANY_MOMENT = "any moment"
+ANY_MOMENT = "any moment"
 _ANY_MOMENT_S = 0.1
 _THREADS = ("committer", "maintenance", "")
 _WANTED = len(_THREADS)
@@ -71,7 +73,7 @@ class Phases:
 
     def await_moment(self, aim: str, alive: Callable[[], bool], rng: random.Random) -> None:
         """Wait for the moment that is due: a phase, or any; not much longer, if it does not come."""
-        if aim == _ANY_MOMENT:
+        if aim == ANY_MOMENT:
             time.sleep(rng.random() * _ANY_MOMENT_S)
         else:
             self._spin(aim, alive)
@@ -90,11 +92,26 @@ class Phases:
         return [PHASES[number - 1] for number in self._bytes[:_WANTED] if number]
 
 
-def phases_in_turn(rng: random.Random) -> list[str]:
-    """What to aim at, one after the other."""
-    aims = [*AIMED_AT, _ANY_MOMENT]
-    rng.shuffle(aims)
-    return aims
+def aims(hits: Mapping[str, int], times: int, rng: random.Random) -> Iterator[str]:
+    """What to aim at: so many times, and up to half as many more while a phase was hit too rarely.
+
+    Half of the aims go round, to every phase and to any moment; the other half, and those at the end, go to
+    the phase that was hit least: some are over before the blow comes, more often on a busy machine.
+
+    Args:
+        hits: how often each phase was hit so far; the caller goes on counting.
+        times: how often at the least; with 200, every phase is wanted HITS_MIN times.
+        rng: chooses between equals.
+
+    """
+    turns = [*AIMED_AT, ANY_MOMENT]
+    rng.shuffle(turns)
+    wanted = min(HITS_MIN, times // _TIMES_PER_HIT)
+    for n in range(times + times // 2):
+        least = min(rng.sample(AIMED_AT, len(AIMED_AT)), key=lambda phase: hits.get(phase, 0))
+        if n >= times and hits.get(least, 0) >= wanted:
+            return
+        yield turns[n // 2 % len(turns)] if n < times and n % 2 == 0 else least
 
 
 def _place() -> int:

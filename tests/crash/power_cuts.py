@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from crash.ext4 import Ext4
-from crash.phases import Phases, phases_in_turn
+from crash.phases import ANY_MOMENT, Phases, aims
 from crash.storms import ACKNOWLEDGED_MIN, PATIENCE_S, Storm
 from crash.tally import Tally
 from daemons import Daemon, DaemonDied
@@ -29,7 +29,7 @@ def power_cuts(
     Args:
         root: an empty directory.
         seed: of every choice.
-        cuts: how often.
+        cuts: how often; a few more, where a phase was hit too rarely.
         failing_first: before each cut the device fails, the daemon stops, and is started again.
         launcher: more arguments of the traced daemon.
 
@@ -44,14 +44,13 @@ def power_cuts(
             daemon.start()
             disk.settle()
             with Storm(root, daemon, seed) as storm:
-                aims = phases_in_turn(rng)
-                for n in range(cuts):
+                for aim in [ANY_MOMENT] * cuts if failing_first else aims(tally.phases, cuts, rng):
                     storm.await_acknowledgements()
                     if failing_first:
                         _fail(disk, daemon, storm)
                         storm.await_acknowledgements(rng.randint(1, ACKNOWLEDGED_MIN))
                     else:
-                        phases.await_moment(aims[n % len(aims)], lambda: daemon.process.poll() is None, rng)
+                        phases.await_moment(aim, lambda: daemon.process.poll() is None, rng)
                     before = phases.now()
                     storm.struck(power=True)
                     disk.cut()

@@ -20,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import click
 from crash.ladder import RUNGS
+from crash.phases import HITS_MIN
 from crash.tally import LOSSES, Rung, Tally
 from rich.console import Console
 from rich.table import Table
 
 _COLUMNS = ("times", "acknowledged", "unknown", *LOSSES)
-PHASE_HITS_MIN = 10
 
 
 def run(rung: Rung, seed: int, size: int) -> Tally:
@@ -49,7 +49,7 @@ def shortfall(rung: Rung, tally: Tally, size: int, divide: int) -> str:
     if tally.times < wanted:
         return f"tried {tally.times} times, not {wanted}"
     missed = {phase: tally.phases[phase] for phase in rung.phases_min}
-    few = [f"{phase} {hits}" for phase, hits in missed.items() if hits < PHASE_HITS_MIN and divide == 1]
+    few = [f"{phase} {hits}" for phase, hits in missed.items() if hits < HITS_MIN and divide == 1]
     return f"phases hit too rarely: {', '.join(few)}" if few else ""
 
 
