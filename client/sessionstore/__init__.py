@@ -30,10 +30,13 @@ if TYPE_CHECKING:
         AlreadyExistsError,
         CallExpiredError,
         ConflictError,
+        CursorExpiredError,
         DataLossError,
         DeadlineExceededError,
         InternalError,
         InvalidArgumentError,
+        LeaseHeldError,
+        LeaseLostError,
         LimitError,
         NotFoundError,
         OutcomeUnknownError,
@@ -48,9 +51,10 @@ _TYPES = (
     "REMOVE", "Appended", "Head", "Message", "ScrubStatus", "ServerInfo", "ServerLimits", "Unseen", "Written",
 )  # fmt: skip
 _ERRORS = (
-    "AlreadyExistsError", "CallExpiredError", "ConflictError", "DataLossError", "DeadlineExceededError",
-    "InternalError", "InvalidArgumentError", "LimitError", "NotFoundError", "OutcomeUnknownError",
-    "SessionStoreError", "StorageFullError", "TooLargeError", "UnavailableError", "UnsupportedError",
+    "AlreadyExistsError", "CallExpiredError", "ConflictError", "CursorExpiredError", "DataLossError",
+    "DeadlineExceededError", "InternalError", "InvalidArgumentError", "LeaseHeldError", "LeaseLostError",
+    "LimitError", "NotFoundError", "OutcomeUnknownError", "SessionStoreError", "StorageFullError",
+    "TooLargeError", "UnavailableError", "UnsupportedError",
 )  # fmt: skip
 _HOMES = {
     **dict.fromkeys(_TYPES, "sessionstore._types"),
@@ -63,8 +67,9 @@ _HOMES = {
 
 __all__ = [
     "REMOVE", "AlreadyExistsError", "Appended", "AsyncSessionHandle", "AsyncSessionStore",
-    "CallExpiredError", "ConflictError", "DataLossError", "DeadlineExceededError", "Head", "InternalError",
-    "InvalidArgumentError", "LimitError", "Message", "NotFoundError", "OutcomeUnknownError", "ScrubStatus",
+    "CallExpiredError", "ConflictError", "CursorExpiredError", "DataLossError", "DeadlineExceededError",
+    "Head", "InternalError", "InvalidArgumentError", "LeaseHeldError", "LeaseLostError", "LimitError",
+    "Message", "NotFoundError", "OutcomeUnknownError", "ScrubStatus",
     "ServerInfo", "ServerLimits", "SessionHandle", "SessionStore", "SessionStoreError", "StorageFullError",
     "TooLargeError", "UnavailableError", "Unseen", "UnsupportedError", "Written", "__version__",
 ]  # fmt: skip

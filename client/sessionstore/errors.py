@@ -8,6 +8,9 @@
     ├── NotFoundError                       (LookupError) no session has this key
     ├── AlreadyExistsError                  a session with this key exists already
     ├── ConflictError                       somebody else changed the session: read it again, then decide
+    ├── LeaseHeldError                      somebody else has the lease: wait, or try again later
+    ├── LeaseLostError                      your lease is over: nothing was stored
+    ├── CursorExpiredError                  what came after a cursor is not kept any more: read anew
     ├── DataLossError                       the session is damaged on disk; its operator must repair it
     ├── StorageFullError                    the daemon's disk is full; nothing was stored
     ├── CallExpiredError                    sent again too late to tell what became of it; not applied now
@@ -167,6 +170,62 @@ class ConflictError(_ContinuableError):
         return self._go_on()
 
 
+class LeaseHeldError(SessionStoreError):
+    """Somebody else has a lease of the session, and it keeps this from being done. Nothing was stored.
+
+    Wait for it (`wait=`), or try again later.
+    """
+
+    @property
+    def key(self) -> str:
+        """The session's key."""
+        return self.metadata.get("key", "")
+
+    @property
+    def holder(self) -> str:
+        """What the holder calls itself."""
+        return self.metadata.get("holder", "")
+
+    @property
+    def allows_appends(self) -> bool:
+        """Whether others may append meanwhile."""
+        return self.metadata.get("mode", "") == "appends_allowed"
+
+    @property
+    def age_s(self) -> float:
+        """How long ago the lease was acquired, in seconds."""
+        return self._number("age_ms") / 1000
+
+    @property
+    def expires_in_s(self) -> float:
+        """In how many seconds it is over, unless it is renewed."""
+        return self._number("expires_in_ms") / 1000
+
+
+class LeaseLostError(SessionStoreError):
+    """The lease is not in force any more: it ran out, was released, or somebody else has one.
+
+    Nothing was stored. What was read under the lease may be out of date: acquire a new one, and read again.
+    """
+
+    @property
+    def key(self) -> str:
+        """The session's key."""
+        return self.metadata.get("key", "")
+
+    @property
+    def fencing_token(self) -> int:
+        """The token of the lease that is over."""
+        return self._number("fencing_token")
+
+
+class CursorExpiredError(SessionStoreError):
+    """What came right after a cursor is not kept any more.
+
+    Read the sessions again, and watch from the cursor that comes with them; `store.watch` does so by itself.
+    """
+
+
 class DataLossError(SessionStoreError):
     """The session is damaged on disk, and is not served rather than served wrong.
 
@@ -264,6 +323,12 @@ ERRORS: dict[str, type[SessionStoreError]] = {
     "SESSION_NOT_FOUND": NotFoundError,
     "SESSION_EXISTS": AlreadyExistsError,
     "REVISION_CONFLICT": ConflictError,
+    "LEASE_HELD": LeaseHeldError,
+    "LEASE_LOST": LeaseLostError,
+    "LEASE_TTL_OUT_OF_RANGE": InvalidArgumentError,
+    "CURSOR_INVALID": InvalidArgumentError,
+    "CURSOR_EXPIRED": CursorExpiredError,
+    "WATCHER_TOO_SLOW": LimitError,
     "CALL_INVALID": InvalidArgumentError,
     "CALL_EXPIRED": CallExpiredError,
     "CALL_REUSED": InvalidArgumentError,

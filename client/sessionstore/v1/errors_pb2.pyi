@@ -89,6 +89,28 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """ERROR_REASON_REVISION_CONFLICT: the session is not at the expected revision: somebody else changed it. ABORTED.
     Metadata: key, expected_revision, revision, message_count (both 0 if it does not exist). Read the session again, then decide.
     """
+    ERROR_REASON_LEASE_HELD: _ErrorReason.ValueType  # 43
+    """ERROR_REASON_LEASE_HELD: a lease of somebody else keeps this from being done. FAILED_PRECONDITION.
+    Metadata: key, holder, mode ("exclusive" or "appends_allowed"), age_ms, expires_in_ms. Wait, or try again later.
+    """
+    ERROR_REASON_LEASE_LOST: _ErrorReason.ValueType  # 44
+    """ERROR_REASON_LEASE_LOST: the lease with this fencing token is not in force any more: it ran out, was released, or
+    somebody else has one. Nothing was stored. FAILED_PRECONDITION. Metadata: key, fencing_token.
+    """
+    ERROR_REASON_LEASE_TTL_OUT_OF_RANGE: _ErrorReason.ValueType  # 45
+    """ERROR_REASON_LEASE_TTL_OUT_OF_RANGE: a lease's ttl is shorter or longer than allowed. INVALID_ARGUMENT.
+    Metadata: ttl_ms, min_ms, max_ms.
+    """
+    ERROR_REASON_CURSOR_INVALID: _ErrorReason.ValueType  # 46
+    """ERROR_REASON_CURSOR_INVALID: a cursor was not given out by this store. INVALID_ARGUMENT. No metadata."""
+    ERROR_REASON_CURSOR_EXPIRED: _ErrorReason.ValueType  # 47
+    """ERROR_REASON_CURSOR_EXPIRED: what came right after a cursor is not kept any more. OUT_OF_RANGE. No metadata.
+    Read the sessions again, and watch from the cursor that comes with them.
+    """
+    ERROR_REASON_WATCHER_TOO_SLOW: _ErrorReason.ValueType  # 48
+    """ERROR_REASON_WATCHER_TOO_SLOW: a watcher did not read its events, and was ended. RESOURCE_EXHAUSTED.
+    Metadata: cursor (in hexadecimal digits), limit_bytes. Watch again from that cursor: nothing is lost.
+    """
     ERROR_REASON_CALL_INVALID: _ErrorReason.ValueType  # 50
     """ERROR_REASON_CALL_INVALID: a call identity is malformed. INVALID_ARGUMENT. Metadata: field, detail."""
     ERROR_REASON_CALL_EXPIRED: _ErrorReason.ValueType  # 51
@@ -194,6 +216,28 @@ ERROR_REASON_SESSION_EXISTS: ErrorReason.ValueType  # 41
 ERROR_REASON_REVISION_CONFLICT: ErrorReason.ValueType  # 42
 """ERROR_REASON_REVISION_CONFLICT: the session is not at the expected revision: somebody else changed it. ABORTED.
 Metadata: key, expected_revision, revision, message_count (both 0 if it does not exist). Read the session again, then decide.
+"""
+ERROR_REASON_LEASE_HELD: ErrorReason.ValueType  # 43
+"""ERROR_REASON_LEASE_HELD: a lease of somebody else keeps this from being done. FAILED_PRECONDITION.
+Metadata: key, holder, mode ("exclusive" or "appends_allowed"), age_ms, expires_in_ms. Wait, or try again later.
+"""
+ERROR_REASON_LEASE_LOST: ErrorReason.ValueType  # 44
+"""ERROR_REASON_LEASE_LOST: the lease with this fencing token is not in force any more: it ran out, was released, or
+somebody else has one. Nothing was stored. FAILED_PRECONDITION. Metadata: key, fencing_token.
+"""
+ERROR_REASON_LEASE_TTL_OUT_OF_RANGE: ErrorReason.ValueType  # 45
+"""ERROR_REASON_LEASE_TTL_OUT_OF_RANGE: a lease's ttl is shorter or longer than allowed. INVALID_ARGUMENT.
+Metadata: ttl_ms, min_ms, max_ms.
+"""
+ERROR_REASON_CURSOR_INVALID: ErrorReason.ValueType  # 46
+"""ERROR_REASON_CURSOR_INVALID: a cursor was not given out by this store. INVALID_ARGUMENT. No metadata."""
+ERROR_REASON_CURSOR_EXPIRED: ErrorReason.ValueType  # 47
+"""ERROR_REASON_CURSOR_EXPIRED: what came right after a cursor is not kept any more. OUT_OF_RANGE. No metadata.
+Read the sessions again, and watch from the cursor that comes with them.
+"""
+ERROR_REASON_WATCHER_TOO_SLOW: ErrorReason.ValueType  # 48
+"""ERROR_REASON_WATCHER_TOO_SLOW: a watcher did not read its events, and was ended. RESOURCE_EXHAUSTED.
+Metadata: cursor (in hexadecimal digits), limit_bytes. Watch again from that cursor: nothing is lost.
 """
 ERROR_REASON_CALL_INVALID: ErrorReason.ValueType  # 50
 """ERROR_REASON_CALL_INVALID: a call identity is malformed. INVALID_ARGUMENT. Metadata: field, detail."""

@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dsessionstore/v1/session.proto\x12\x0fsessionstore.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf1\x01\n\x07Session\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x15\n\rmessage_count\x18\x03 \x01(\x03\x12\x19\n\x11last_consolidated\x18\x04 \x01(\x03\x12\x10\n\x08metadata\x18\x05 \x01(\x0c\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x64\x61mage\x18\x08 \x01(\tJ\x04\x08\t\x10\nR\x0b\x65xpire_time\"u\n\x0c\x43\x61llIdentity\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x18\n\x10\x61nswered_through\x18\x03 \x01(\x03\x12&\n\x03\x61ge\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xaf\x01\n\x0bWriteResult\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x19\n\x11previous_revision\x18\x02 \x01(\x03\x12\x15\n\rmessage_count\x18\x03 \x01(\x03\x12\x19\n\x11last_consolidated\x18\x04 \x01(\x03\x12/\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08replayed\x18\x06 \x01(\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dsessionstore/v1/session.proto\x12\x0fsessionstore.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8f\x02\n\x07Session\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x15\n\rmessage_count\x18\x03 \x01(\x03\x12\x19\n\x11last_consolidated\x18\x04 \x01(\x03\x12\x10\n\x08metadata\x18\x05 \x01(\x0c\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x64\x61mage\x18\x08 \x01(\t\x12/\n\x0b\x65xpire_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"u\n\x0c\x43\x61llIdentity\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x18\n\x10\x61nswered_through\x18\x03 \x01(\x03\x12&\n\x03\x61ge\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xaf\x01\n\x0bWriteResult\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x19\n\x11previous_revision\x18\x02 \x01(\x03\x12\x15\n\rmessage_count\x18\x03 \x01(\x03\x12\x19\n\x11last_consolidated\x18\x04 \x01(\x03\x12/\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08replayed\x18\x06 \x01(\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,9 +34,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sessionstore.v1.session_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SESSION']._serialized_start=116
-  _globals['_SESSION']._serialized_end=357
-  _globals['_CALLIDENTITY']._serialized_start=359
-  _globals['_CALLIDENTITY']._serialized_end=476
-  _globals['_WRITERESULT']._serialized_start=479
-  _globals['_WRITERESULT']._serialized_end=654
+  _globals['_SESSION']._serialized_end=387
+  _globals['_CALLIDENTITY']._serialized_start=389
+  _globals['_CALLIDENTITY']._serialized_end=506
+  _globals['_WRITERESULT']._serialized_start=509
+  _globals['_WRITERESULT']._serialized_end=684
 # @@protoc_insertion_point(module_scope)

@@ -26,6 +26,7 @@ class Session(google.protobuf.message.Message):
     CREATE_TIME_FIELD_NUMBER: builtins.int
     UPDATE_TIME_FIELD_NUMBER: builtins.int
     DAMAGE_FIELD_NUMBER: builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: builtins.int
     key: builtins.str
     """key names the session: 1 to 512 bytes of UTF-8 without control characters. Keys order by their UTF-8 bytes."""
     revision: builtins.int
@@ -50,6 +51,12 @@ class Session(google.protobuf.message.Message):
     def update_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """update_time is when the session was last changed, on the daemon's clock; it never goes back."""
 
+    @property
+    def expire_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """expire_time is when the session ends by itself; absent means never. Its own, or else what the daemon's
+        configuration says for its key. From then on it is as if it were deleted.
+        """
+
     def __init__(
         self,
         *,
@@ -61,9 +68,10 @@ class Session(google.protobuf.message.Message):
         create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         update_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         damage: builtins.str = ...,
+        expire_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "update_time", b"update_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["create_time", b"create_time", "damage", b"damage", "key", b"key", "last_consolidated", b"last_consolidated", "message_count", b"message_count", "metadata", b"metadata", "revision", b"revision", "update_time", b"update_time"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "update_time", b"update_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["create_time", b"create_time", "damage", b"damage", "expire_time", b"expire_time", "key", b"key", "last_consolidated", b"last_consolidated", "message_count", b"message_count", "metadata", b"metadata", "revision", b"revision", "update_time", b"update_time"]) -> None: ...
 
 global___Session = Session
 

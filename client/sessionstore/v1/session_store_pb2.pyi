@@ -57,6 +57,30 @@ SESSION_ORDER_UPDATE_TIME_DESC: SessionOrder.ValueType  # 4
 """SESSION_ORDER_UPDATE_TIME_DESC orders by update_time, newest first, then by key backwards."""
 global___SessionOrder = SessionOrder
 
+class _LeaseMode:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _LeaseModeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_LeaseMode.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    LEASE_MODE_UNSPECIFIED: _LeaseMode.ValueType  # 0
+    """LEASE_MODE_UNSPECIFIED means LEASE_MODE_EXCLUSIVE."""
+    LEASE_MODE_EXCLUSIVE: _LeaseMode.ValueType  # 1
+    """LEASE_MODE_EXCLUSIVE: every write without the fencing token is refused."""
+    LEASE_MODE_APPENDS_ALLOWED: _LeaseMode.ValueType  # 2
+    """LEASE_MODE_APPENDS_ALLOWED: others may append; everything else without the fencing token is refused."""
+
+class LeaseMode(_LeaseMode, metaclass=_LeaseModeEnumTypeWrapper):
+    """LeaseMode says what others may do meanwhile."""
+
+LEASE_MODE_UNSPECIFIED: LeaseMode.ValueType  # 0
+"""LEASE_MODE_UNSPECIFIED means LEASE_MODE_EXCLUSIVE."""
+LEASE_MODE_EXCLUSIVE: LeaseMode.ValueType  # 1
+"""LEASE_MODE_EXCLUSIVE: every write without the fencing token is refused."""
+LEASE_MODE_APPENDS_ALLOWED: LeaseMode.ValueType  # 2
+"""LEASE_MODE_APPENDS_ALLOWED: others may append; everything else without the fencing token is refused."""
+global___LeaseMode = LeaseMode
+
 @typing.final
 class GetServerInfoRequest(google.protobuf.message.Message):
     """GetServerInfoRequest has no fields."""
@@ -181,6 +205,12 @@ class Limits(google.protobuf.message.Message):
     WINDOW_REQUEST_IDS_MAX_FIELD_NUMBER: builtins.int
     WINDOW_AGE_MAX_FIELD_NUMBER: builtins.int
     WINDOW_BYTES_MAX_FIELD_NUMBER: builtins.int
+    LEASE_TTL_MIN_FIELD_NUMBER: builtins.int
+    LEASE_TTL_MAX_FIELD_NUMBER: builtins.int
+    WATCHERS_MAX_FIELD_NUMBER: builtins.int
+    WATCH_KEYS_MAX_FIELD_NUMBER: builtins.int
+    FEED_AGE_MAX_FIELD_NUMBER: builtins.int
+    FEED_BYTES_MAX_FIELD_NUMBER: builtins.int
     key_bytes_max: builtins.int
     """key_bytes_max bounds a key (default 512)."""
     message_bytes_max: builtins.int
@@ -203,9 +233,27 @@ class Limits(google.protobuf.message.Message):
     """window_request_ids_max is how many request_ids are kept per session (default 1,000)."""
     window_bytes_max: builtins.int
     """window_bytes_max bounds the removed messages that one client's kept answers hold (default 1 MiB; the newest is kept at any size)."""
+    watchers_max: builtins.int
+    """watchers_max is how many Watch streams may be open (default 4,096)."""
+    watch_keys_max: builtins.int
+    """watch_keys_max is how many keys one Watch stream may name (default 10,000)."""
+    feed_bytes_max: builtins.int
+    """feed_bytes_max is how many bytes of changes can be watched from a cursor (default 64 MiB)."""
     @property
     def window_age_max(self) -> google.protobuf.duration_pb2.Duration:
         """window_age_max is how long answers are kept (default 24 hours)."""
+
+    @property
+    def lease_ttl_min(self) -> google.protobuf.duration_pb2.Duration:
+        """lease_ttl_min is the shortest ttl of a lease (default 1 second)."""
+
+    @property
+    def lease_ttl_max(self) -> google.protobuf.duration_pb2.Duration:
+        """lease_ttl_max is the longest ttl of a lease (default 1 hour)."""
+
+    @property
+    def feed_age_max(self) -> google.protobuf.duration_pb2.Duration:
+        """feed_age_max is how long a change can be watched from a cursor, unless feed_bytes_max is reached before (default 10 minutes)."""
 
     def __init__(
         self,
@@ -222,9 +270,15 @@ class Limits(google.protobuf.message.Message):
         window_request_ids_max: builtins.int = ...,
         window_age_max: google.protobuf.duration_pb2.Duration | None = ...,
         window_bytes_max: builtins.int = ...,
+        lease_ttl_min: google.protobuf.duration_pb2.Duration | None = ...,
+        lease_ttl_max: google.protobuf.duration_pb2.Duration | None = ...,
+        watchers_max: builtins.int = ...,
+        watch_keys_max: builtins.int = ...,
+        feed_age_max: google.protobuf.duration_pb2.Duration | None = ...,
+        feed_bytes_max: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["window_age_max", b"window_age_max"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["batch_bytes_max", b"batch_bytes_max", "batch_messages_max", b"batch_messages_max", "key_bytes_max", b"key_bytes_max", "message_bytes_max", b"message_bytes_max", "message_depth_max", b"message_depth_max", "metadata_bytes_max", b"metadata_bytes_max", "page_size_max", b"page_size_max", "request_id_bytes_max", b"request_id_bytes_max", "window_age_max", b"window_age_max", "window_bytes_max", b"window_bytes_max", "window_calls_max", b"window_calls_max", "window_request_ids_max", b"window_request_ids_max"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["feed_age_max", b"feed_age_max", "lease_ttl_max", b"lease_ttl_max", "lease_ttl_min", b"lease_ttl_min", "window_age_max", b"window_age_max"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["batch_bytes_max", b"batch_bytes_max", "batch_messages_max", b"batch_messages_max", "feed_age_max", b"feed_age_max", "feed_bytes_max", b"feed_bytes_max", "key_bytes_max", b"key_bytes_max", "lease_ttl_max", b"lease_ttl_max", "lease_ttl_min", b"lease_ttl_min", "message_bytes_max", b"message_bytes_max", "message_depth_max", b"message_depth_max", "metadata_bytes_max", b"metadata_bytes_max", "page_size_max", b"page_size_max", "request_id_bytes_max", b"request_id_bytes_max", "watch_keys_max", b"watch_keys_max", "watchers_max", b"watchers_max", "window_age_max", b"window_age_max", "window_bytes_max", b"window_bytes_max", "window_calls_max", b"window_calls_max", "window_request_ids_max", b"window_request_ids_max"]) -> None: ...
 
 global___Limits = Limits
 
@@ -238,16 +292,20 @@ class CreateSessionRequest(google.protobuf.message.Message):
     CALL_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: builtins.int
+    FENCING_TOKEN_FIELD_NUMBER: builtins.int
     MESSAGES_FIELD_NUMBER: builtins.int
     METADATA_FIELD_NUMBER: builtins.int
     LAST_CONSOLIDATED_FIELD_NUMBER: builtins.int
     CREATE_TIME_FIELD_NUMBER: builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: builtins.int
     key: builtins.str
     """key names the session to create."""
     request_id: builtins.str
     """request_id is the caller's own identity of this change (at most 256 bytes); empty means none."""
     expected_revision: builtins.int
     """expected_revision may be 0 or absent here: a session to create must not exist."""
+    fencing_token: builtins.int
+    """fencing_token, if not 0, is the token of the lease under which this is written: it must be in force."""
     messages: builtins.bytes
     """messages are the first messages, as a JSONL block; empty for none."""
     metadata: builtins.bytes
@@ -262,6 +320,10 @@ class CreateSessionRequest(google.protobuf.message.Message):
     def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """create_time, if given, is recorded instead of the daemon's clock (for imports). It may not lie in the future."""
 
+    @property
+    def expire_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """expire_time, if given, is when the session ends by itself. It must lie in the future."""
+
     def __init__(
         self,
         *,
@@ -269,13 +331,15 @@ class CreateSessionRequest(google.protobuf.message.Message):
         call: sessionstore.v1.session_pb2.CallIdentity | None = ...,
         request_id: builtins.str = ...,
         expected_revision: builtins.int | None = ...,
+        fencing_token: builtins.int = ...,
         messages: builtins.bytes = ...,
         metadata: builtins.bytes = ...,
         last_consolidated: builtins.int = ...,
         create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        expire_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "call", b"call", "create_time", b"create_time", "expected_revision", b"expected_revision"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "call", b"call", "create_time", b"create_time", "expected_revision", b"expected_revision", "key", b"key", "last_consolidated", b"last_consolidated", "messages", b"messages", "metadata", b"metadata", "request_id", b"request_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "call", b"call", "create_time", b"create_time", "expected_revision", b"expected_revision", "expire_time", b"expire_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "call", b"call", "create_time", b"create_time", "expected_revision", b"expected_revision", "expire_time", b"expire_time", "fencing_token", b"fencing_token", "key", b"key", "last_consolidated", b"last_consolidated", "messages", b"messages", "metadata", b"metadata", "request_id", b"request_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_expected_revision", b"_expected_revision"]) -> typing.Literal["expected_revision"] | None: ...
 
 global___CreateSessionRequest = CreateSessionRequest
@@ -346,6 +410,7 @@ class GetSessionResponse(google.protobuf.message.Message):
     MESSAGES_FIELD_NUMBER: builtins.int
     TRUNCATED_FIELD_NUMBER: builtins.int
     NEXT_FIELD_NUMBER: builtins.int
+    CURSOR_FIELD_NUMBER: builtins.int
     start: builtins.int
     """start is the index of the first message in `messages`; equal to the message count if there are none."""
     messages: builtins.bytes
@@ -354,6 +419,10 @@ class GetSessionResponse(google.protobuf.message.Message):
     """truncated tells that messages after these are left out; ReadMessages gives them."""
     next: builtins.int
     """next is the index after the last message in `messages`."""
+    cursor: builtins.bytes
+    """cursor is where a Watch of this session goes on: it gives every change after `session.revision`, and perhaps some
+    that this reply shows already, which are to be skipped by their revision.
+    """
     @property
     def session(self) -> sessionstore.v1.session_pb2.Session:
         """session is the head."""
@@ -366,9 +435,10 @@ class GetSessionResponse(google.protobuf.message.Message):
         messages: builtins.bytes = ...,
         truncated: builtins.bool = ...,
         next: builtins.int = ...,
+        cursor: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["session", b"session"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["messages", b"messages", "next", b"next", "session", b"session", "start", b"start", "truncated", b"truncated"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cursor", b"cursor", "messages", b"messages", "next", b"next", "session", b"session", "start", b"start", "truncated", b"truncated"]) -> None: ...
 
 global___GetSessionResponse = GetSessionResponse
 
@@ -417,8 +487,13 @@ class ListSessionsResponse(google.protobuf.message.Message):
 
     SESSIONS_FIELD_NUMBER: builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    CURSOR_FIELD_NUMBER: builtins.int
     next_page_token: builtins.str
     """next_page_token continues the listing; empty on the last page."""
+    cursor: builtins.bytes
+    """cursor is where a Watch goes on; that of a listing's first page covers the whole listing. It gives every change
+    after the heads' revisions, and perhaps some that they show already, which are to be skipped by their revision.
+    """
     @property
     def sessions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[sessionstore.v1.session_pb2.Session]:
         """sessions are complete heads, in the order asked for. Sessions damaged beyond reading are listed too, with `damage` set."""
@@ -428,8 +503,9 @@ class ListSessionsResponse(google.protobuf.message.Message):
         *,
         sessions: collections.abc.Iterable[sessionstore.v1.session_pb2.Session] | None = ...,
         next_page_token: builtins.str = ...,
+        cursor: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["next_page_token", b"next_page_token", "sessions", b"sessions"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cursor", b"cursor", "next_page_token", b"next_page_token", "sessions", b"sessions"]) -> None: ...
 
 global___ListSessionsResponse = ListSessionsResponse
 
@@ -443,18 +519,28 @@ class AppendMessagesRequest(google.protobuf.message.Message):
     CALL_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: builtins.int
+    FENCING_TOKEN_FIELD_NUMBER: builtins.int
     MESSAGES_FIELD_NUMBER: builtins.int
+    LEASE_WAIT_FIELD_NUMBER: builtins.int
     key: builtins.str
     """key names the session; it is created if it does not exist."""
     request_id: builtins.str
     """request_id is the caller's own identity of this change (at most 256 bytes); empty means none."""
     expected_revision: builtins.int
     """expected_revision, if given, must be the session's revision; 0 means that it must not exist."""
+    fencing_token: builtins.int
+    """fencing_token, if not 0, is the token of the lease under which this is written: it must be in force."""
     messages: builtins.bytes
     """messages is a JSONL block of 1 to 10,000 messages and at most 16 MiB."""
     @property
     def call(self) -> sessionstore.v1.session_pb2.CallIdentity:
         """call is the call identity; without one, a repeated call is a new call."""
+
+    @property
+    def lease_wait(self) -> google.protobuf.duration_pb2.Duration:
+        """lease_wait is how long to wait, in the order in which callers came, for a lease that keeps others from writing;
+        absent means not at all.
+        """
 
     def __init__(
         self,
@@ -463,10 +549,12 @@ class AppendMessagesRequest(google.protobuf.message.Message):
         call: sessionstore.v1.session_pb2.CallIdentity | None = ...,
         request_id: builtins.str = ...,
         expected_revision: builtins.int | None = ...,
+        fencing_token: builtins.int = ...,
         messages: builtins.bytes = ...,
+        lease_wait: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "call", b"call", "expected_revision", b"expected_revision"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "call", b"call", "expected_revision", b"expected_revision", "key", b"key", "messages", b"messages", "request_id", b"request_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "call", b"call", "expected_revision", b"expected_revision", "lease_wait", b"lease_wait"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "call", b"call", "expected_revision", b"expected_revision", "fencing_token", b"fencing_token", "key", b"key", "lease_wait", b"lease_wait", "messages", b"messages", "request_id", b"request_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_expected_revision", b"_expected_revision"]) -> typing.Literal["expected_revision"] | None: ...
 
 global___AppendMessagesRequest = AppendMessagesRequest
@@ -506,6 +594,7 @@ class ReplaceMessagesRequest(google.protobuf.message.Message):
     CALL_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: builtins.int
+    FENCING_TOKEN_FIELD_NUMBER: builtins.int
     START_FIELD_NUMBER: builtins.int
     DELETE_COUNT_FIELD_NUMBER: builtins.int
     MESSAGES_FIELD_NUMBER: builtins.int
@@ -515,6 +604,8 @@ class ReplaceMessagesRequest(google.protobuf.message.Message):
     """request_id is the caller's own identity of this change (at most 256 bytes); empty means none."""
     expected_revision: builtins.int
     """expected_revision, if given, must be the session's revision."""
+    fencing_token: builtins.int
+    """fencing_token, if not 0, is the token of the lease under which this is written: it must be in force."""
     start: builtins.int
     """start is the index of the first message to remove, and where the new ones go: 0 to the message count."""
     delete_count: builtins.int
@@ -532,12 +623,13 @@ class ReplaceMessagesRequest(google.protobuf.message.Message):
         call: sessionstore.v1.session_pb2.CallIdentity | None = ...,
         request_id: builtins.str = ...,
         expected_revision: builtins.int | None = ...,
+        fencing_token: builtins.int = ...,
         start: builtins.int = ...,
         delete_count: builtins.int | None = ...,
         messages: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_delete_count", b"_delete_count", "_expected_revision", b"_expected_revision", "call", b"call", "delete_count", b"delete_count", "expected_revision", b"expected_revision"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_delete_count", b"_delete_count", "_expected_revision", b"_expected_revision", "call", b"call", "delete_count", b"delete_count", "expected_revision", b"expected_revision", "key", b"key", "messages", b"messages", "request_id", b"request_id", "start", b"start"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_delete_count", b"_delete_count", "_expected_revision", b"_expected_revision", "call", b"call", "delete_count", b"delete_count", "expected_revision", b"expected_revision", "fencing_token", b"fencing_token", "key", b"key", "messages", b"messages", "request_id", b"request_id", "start", b"start"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_delete_count", b"_delete_count"]) -> typing.Literal["delete_count"] | None: ...
     @typing.overload
@@ -576,12 +668,15 @@ class PopMessageRequest(google.protobuf.message.Message):
     CALL_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: builtins.int
+    FENCING_TOKEN_FIELD_NUMBER: builtins.int
     key: builtins.str
     """key names the session."""
     request_id: builtins.str
     """request_id is the caller's own identity of this change (at most 256 bytes); empty means none."""
     expected_revision: builtins.int
     """expected_revision, if given, must be the session's revision."""
+    fencing_token: builtins.int
+    """fencing_token, if not 0, is the token of the lease under which this is written: it must be in force."""
     @property
     def call(self) -> sessionstore.v1.session_pb2.CallIdentity:
         """call is the call identity; without one, a repeated call is a new call."""
@@ -593,9 +688,10 @@ class PopMessageRequest(google.protobuf.message.Message):
         call: sessionstore.v1.session_pb2.CallIdentity | None = ...,
         request_id: builtins.str = ...,
         expected_revision: builtins.int | None = ...,
+        fencing_token: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "call", b"call", "expected_revision", b"expected_revision"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "call", b"call", "expected_revision", b"expected_revision", "key", b"key", "request_id", b"request_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "call", b"call", "expected_revision", b"expected_revision", "fencing_token", b"fencing_token", "key", b"key", "request_id", b"request_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_expected_revision", b"_expected_revision"]) -> typing.Literal["expected_revision"] | None: ...
 
 global___PopMessageRequest = PopMessageRequest
@@ -635,15 +731,19 @@ class UpdateSessionRequest(google.protobuf.message.Message):
     CALL_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: builtins.int
+    FENCING_TOKEN_FIELD_NUMBER: builtins.int
     UPDATE_MASK_FIELD_NUMBER: builtins.int
     METADATA_FIELD_NUMBER: builtins.int
     LAST_CONSOLIDATED_FIELD_NUMBER: builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: builtins.int
     key: builtins.str
     """key names the session."""
     request_id: builtins.str
     """request_id is the caller's own identity of this change (at most 256 bytes); empty means none."""
     expected_revision: builtins.int
     """expected_revision, if given, must be the session's revision."""
+    fencing_token: builtins.int
+    """fencing_token, if not 0, is the token of the lease under which this is written: it must be in force."""
     metadata: builtins.bytes
     """metadata is one JSON object as UTF-8 text, with the members that the mask names."""
     last_consolidated: builtins.int
@@ -655,8 +755,13 @@ class UpdateSessionRequest(google.protobuf.message.Message):
     @property
     def update_mask(self) -> google.protobuf.field_mask_pb2.FieldMask:
         """update_mask names what changes: "metadata" (as a whole), "metadata.NAME" (one top-level member; everything after
-        the first dot is its name, further dots included; a member that `metadata` lacks is removed), "last_consolidated".
+        the first dot is its name, further dots included; a member that `metadata` lacks is removed), "last_consolidated",
+        "expire_time".
         """
+
+    @property
+    def expire_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """expire_time is the new one, if the mask names it: it must lie in the future; absent means never."""
 
     def __init__(
         self,
@@ -665,12 +770,14 @@ class UpdateSessionRequest(google.protobuf.message.Message):
         call: sessionstore.v1.session_pb2.CallIdentity | None = ...,
         request_id: builtins.str = ...,
         expected_revision: builtins.int | None = ...,
+        fencing_token: builtins.int = ...,
         update_mask: google.protobuf.field_mask_pb2.FieldMask | None = ...,
         metadata: builtins.bytes = ...,
         last_consolidated: builtins.int = ...,
+        expire_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "call", b"call", "expected_revision", b"expected_revision", "update_mask", b"update_mask"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "call", b"call", "expected_revision", b"expected_revision", "key", b"key", "last_consolidated", b"last_consolidated", "metadata", b"metadata", "request_id", b"request_id", "update_mask", b"update_mask"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "call", b"call", "expected_revision", b"expected_revision", "expire_time", b"expire_time", "update_mask", b"update_mask"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "call", b"call", "expected_revision", b"expected_revision", "expire_time", b"expire_time", "fencing_token", b"fencing_token", "key", b"key", "last_consolidated", b"last_consolidated", "metadata", b"metadata", "request_id", b"request_id", "update_mask", b"update_mask"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_expected_revision", b"_expected_revision"]) -> typing.Literal["expected_revision"] | None: ...
 
 global___UpdateSessionRequest = UpdateSessionRequest
@@ -706,6 +813,7 @@ class ForkSessionRequest(google.protobuf.message.Message):
     CALL_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: builtins.int
+    FENCING_TOKEN_FIELD_NUMBER: builtins.int
     SOURCE_KEY_FIELD_NUMBER: builtins.int
     AT_FIELD_NUMBER: builtins.int
     key: builtins.str
@@ -714,6 +822,8 @@ class ForkSessionRequest(google.protobuf.message.Message):
     """request_id is the caller's own identity of this change (at most 256 bytes); empty means none."""
     expected_revision: builtins.int
     """expected_revision, if given, must be the revision of the source."""
+    fencing_token: builtins.int
+    """fencing_token, if not 0, is the token of the lease under which this is written: it must be in force."""
     source_key: builtins.str
     """source_key names the session to copy from."""
     at: builtins.int
@@ -729,11 +839,12 @@ class ForkSessionRequest(google.protobuf.message.Message):
         call: sessionstore.v1.session_pb2.CallIdentity | None = ...,
         request_id: builtins.str = ...,
         expected_revision: builtins.int | None = ...,
+        fencing_token: builtins.int = ...,
         source_key: builtins.str = ...,
         at: builtins.int | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_at", b"_at", "_expected_revision", b"_expected_revision", "at", b"at", "call", b"call", "expected_revision", b"expected_revision"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_at", b"_at", "_expected_revision", b"_expected_revision", "at", b"at", "call", b"call", "expected_revision", b"expected_revision", "key", b"key", "request_id", b"request_id", "source_key", b"source_key"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_at", b"_at", "_expected_revision", b"_expected_revision", "at", b"at", "call", b"call", "expected_revision", b"expected_revision", "fencing_token", b"fencing_token", "key", b"key", "request_id", b"request_id", "source_key", b"source_key"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_at", b"_at"]) -> typing.Literal["at"] | None: ...
     @typing.overload
@@ -772,12 +883,15 @@ class DeleteSessionRequest(google.protobuf.message.Message):
     CALL_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: builtins.int
+    FENCING_TOKEN_FIELD_NUMBER: builtins.int
     key: builtins.str
     """key names the session."""
     request_id: builtins.str
     """request_id is the caller's own identity of this change (at most 256 bytes); empty means none."""
     expected_revision: builtins.int
     """expected_revision, if given, must be the session's revision."""
+    fencing_token: builtins.int
+    """fencing_token, if not 0, is the token of the lease under which this is written: it must be in force."""
     @property
     def call(self) -> sessionstore.v1.session_pb2.CallIdentity:
         """call is the call identity; without one, a repeated call is a new call."""
@@ -789,9 +903,10 @@ class DeleteSessionRequest(google.protobuf.message.Message):
         call: sessionstore.v1.session_pb2.CallIdentity | None = ...,
         request_id: builtins.str = ...,
         expected_revision: builtins.int | None = ...,
+        fencing_token: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "call", b"call", "expected_revision", b"expected_revision"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "call", b"call", "expected_revision", b"expected_revision", "key", b"key", "request_id", b"request_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "call", b"call", "expected_revision", b"expected_revision", "fencing_token", b"fencing_token", "key", b"key", "request_id", b"request_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_expected_revision", b"_expected_revision"]) -> typing.Literal["expected_revision"] | None: ...
 
 global___DeleteSessionRequest = DeleteSessionRequest
@@ -930,6 +1045,462 @@ class ReadMessagesResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["messages", b"messages", "next", b"next", "revision", b"revision", "start", b"start"]) -> None: ...
 
 global___ReadMessagesResponse = ReadMessagesResponse
+
+@typing.final
+class WatchRequest(google.protobuf.message.Message):
+    """WatchRequest says what to watch. The first request of a stream names a prefix or keys; later ones only keys."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PREFIX_FIELD_NUMBER: builtins.int
+    KEYS_FIELD_NUMBER: builtins.int
+    REMOVED_KEYS_FIELD_NUMBER: builtins.int
+    CURSOR_FIELD_NUMBER: builtins.int
+    PROGRESS_INTERVAL_FIELD_NUMBER: builtins.int
+    prefix: builtins.str
+    """prefix watches every session whose key begins with it; empty, with no keys in the first request, means all.
+    Only in the first request of a stream, and not together with keys.
+    """
+    cursor: builtins.bytes
+    """cursor is where to go on, for what this request names: from GetSession, ListSessions or a WatchResponse of the
+    same store. Empty means from now on.
+    """
+    @property
+    def keys(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """keys watches these sessions, whether they exist or not; at most 10,000 on one stream."""
+
+    @property
+    def removed_keys(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """removed_keys are not watched any more; events of them may still be on their way."""
+
+    @property
+    def progress_interval(self) -> google.protobuf.duration_pb2.Duration:
+        """progress_interval is how often a cursor comes while nothing happens: 1 second to 1 hour; absent means 10 seconds.
+        Only in the first request of a stream.
+        """
+
+    def __init__(
+        self,
+        *,
+        prefix: builtins.str = ...,
+        keys: collections.abc.Iterable[builtins.str] | None = ...,
+        removed_keys: collections.abc.Iterable[builtins.str] | None = ...,
+        cursor: builtins.bytes = ...,
+        progress_interval: google.protobuf.duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["progress_interval", b"progress_interval"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cursor", b"cursor", "keys", b"keys", "prefix", b"prefix", "progress_interval", b"progress_interval", "removed_keys", b"removed_keys"]) -> None: ...
+
+global___WatchRequest = WatchRequest
+
+@typing.final
+class WatchResponse(google.protobuf.message.Message):
+    """WatchResponse is a part of the feed. The first one has no events: it tells that the watch is in force."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: builtins.int
+    CURSOR_FIELD_NUMBER: builtins.int
+    cursor: builtins.bytes
+    """cursor is where a watch of the same sessions goes on after these events."""
+    @property
+    def events(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___WatchEvent]:
+        """events are changes, those of one session in their order and without a gap; at most about 1 MiB."""
+
+    def __init__(
+        self,
+        *,
+        events: collections.abc.Iterable[global___WatchEvent] | None = ...,
+        cursor: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cursor", b"cursor", "events", b"events"]) -> None: ...
+
+global___WatchResponse = WatchResponse
+
+@typing.final
+class WatchEvent(google.protobuf.message.Message):
+    """WatchEvent is one change of one session, or several merged into one. Applying the events of a session in their order
+    gives that session at their revision. One whose revision is not above what its reader has is to be skipped.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
+    PREVIOUS_REVISION_FIELD_NUMBER: builtins.int
+    CHANGED_FIELD_NUMBER: builtins.int
+    DELETED_FIELD_NUMBER: builtins.int
+    LEASE_FIELD_NUMBER: builtins.int
+    key: builtins.str
+    """key names the session."""
+    revision: builtins.int
+    """revision is the session's revision after the change. Leases do not move it: there it is the session's revision at
+    that time, or 0 if that is not known.
+    """
+    previous_revision: builtins.int
+    """previous_revision is the session's revision before the change; 0 if it did not exist."""
+    @property
+    def changed(self) -> global___SessionChanged:
+        """changed: messages or the head changed, or the session was created, forked or edited from outside."""
+
+    @property
+    def deleted(self) -> global___SessionDeleted:
+        """deleted: the session is gone."""
+
+    @property
+    def lease(self) -> global___LeaseChanged:
+        """lease: a lease was acquired or ended."""
+
+    def __init__(
+        self,
+        *,
+        key: builtins.str = ...,
+        revision: builtins.int = ...,
+        previous_revision: builtins.int = ...,
+        changed: global___SessionChanged | None = ...,
+        deleted: global___SessionDeleted | None = ...,
+        lease: global___LeaseChanged | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["change", b"change", "changed", b"changed", "deleted", b"deleted", "lease", b"lease"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["change", b"change", "changed", b"changed", "deleted", b"deleted", "key", b"key", "lease", b"lease", "previous_revision", b"previous_revision", "revision", b"revision"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["change", b"change"]) -> typing.Literal["changed", "deleted", "lease"] | None: ...
+
+global___WatchEvent = WatchEvent
+
+@typing.final
+class SessionChanged(google.protobuf.message.Message):
+    """SessionChanged says: messages[start : start + delete_count] = messages, in the shape of ReplaceMessages."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: builtins.int
+    WHOLE_FIELD_NUMBER: builtins.int
+    START_FIELD_NUMBER: builtins.int
+    DELETE_COUNT_FIELD_NUMBER: builtins.int
+    MESSAGES_FIELD_NUMBER: builtins.int
+    PARTIAL_FIELD_NUMBER: builtins.int
+    SOURCE_KEY_FIELD_NUMBER: builtins.int
+    whole: builtins.bool
+    """whole tells that what is held of the session is to be forgotten first: this and the parts after it give all of
+    it. So come forks, sessions that were edited from outside, and changes that were merged.
+    """
+    start: builtins.int
+    """start is the index of the first message that was removed, and where the new ones are: the message count before
+    for an append.
+    """
+    delete_count: builtins.int
+    """delete_count is how many messages were removed."""
+    messages: builtins.bytes
+    """messages is a JSONL block of the new messages: at most 1 MiB (or one larger message)."""
+    partial: builtins.bool
+    """partial tells that the change goes on in the next event of this key, which has the same revision: the revision
+    is reached with the part that is not partial.
+    """
+    source_key: builtins.str
+    """source_key is, of a fork, where its messages come from; else empty."""
+    @property
+    def session(self) -> sessionstore.v1.session_pb2.Session:
+        """session is the head after the change; in a part with `partial` set, the head that the last part leads to."""
+
+    def __init__(
+        self,
+        *,
+        session: sessionstore.v1.session_pb2.Session | None = ...,
+        whole: builtins.bool = ...,
+        start: builtins.int = ...,
+        delete_count: builtins.int = ...,
+        messages: builtins.bytes = ...,
+        partial: builtins.bool = ...,
+        source_key: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["session", b"session"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["delete_count", b"delete_count", "messages", b"messages", "partial", b"partial", "session", b"session", "source_key", b"source_key", "start", b"start", "whole", b"whole"]) -> None: ...
+
+global___SessionChanged = SessionChanged
+
+@typing.final
+class SessionDeleted(google.protobuf.message.Message):
+    """SessionDeleted tells that a session is gone."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EXPIRED_FIELD_NUMBER: builtins.int
+    expired: builtins.bool
+    """expired tells that its expire_time came; else somebody deleted it."""
+    def __init__(
+        self,
+        *,
+        expired: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["expired", b"expired"]) -> None: ...
+
+global___SessionDeleted = SessionDeleted
+
+@typing.final
+class LeaseChanged(google.protobuf.message.Message):
+    """LeaseChanged tells about a lease."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LEASE_FIELD_NUMBER: builtins.int
+    ENDED_FIELD_NUMBER: builtins.int
+    ended: builtins.bool
+    """ended tells that it was released. A lease that is over because nobody renewed it has no event of its own."""
+    @property
+    def lease(self) -> global___Lease:
+        """lease is what was acquired, with its remaining time as of then, or what ended."""
+
+    def __init__(
+        self,
+        *,
+        lease: global___Lease | None = ...,
+        ended: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["lease", b"lease"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["ended", b"ended", "lease", b"lease"]) -> None: ...
+
+global___LeaseChanged = LeaseChanged
+
+@typing.final
+class Lease(google.protobuf.message.Message):
+    """Lease is the right of one holder to write to a session."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: builtins.int
+    HOLDER_FIELD_NUMBER: builtins.int
+    FENCING_TOKEN_FIELD_NUMBER: builtins.int
+    MODE_FIELD_NUMBER: builtins.int
+    TTL_FIELD_NUMBER: builtins.int
+    REMAINING_FIELD_NUMBER: builtins.int
+    ACQUIRE_TIME_FIELD_NUMBER: builtins.int
+    key: builtins.str
+    """key names the session."""
+    holder: builtins.str
+    """holder is what the holder calls itself."""
+    fencing_token: builtins.int
+    """fencing_token is higher than that of every earlier lease of this store, and goes with the holder's writes."""
+    mode: global___LeaseMode.ValueType
+    """mode says what others may do."""
+    @property
+    def ttl(self) -> google.protobuf.duration_pb2.Duration:
+        """ttl is how long the lease is in force after it was acquired, renewed, or the daemon was started."""
+
+    @property
+    def remaining(self) -> google.protobuf.duration_pb2.Duration:
+        """remaining is how long it is still in force, as of this reply, by the daemon's steady clock."""
+
+    @property
+    def acquire_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """acquire_time is when it was acquired, on the daemon's wall clock; for people."""
+
+    def __init__(
+        self,
+        *,
+        key: builtins.str = ...,
+        holder: builtins.str = ...,
+        fencing_token: builtins.int = ...,
+        mode: global___LeaseMode.ValueType = ...,
+        ttl: google.protobuf.duration_pb2.Duration | None = ...,
+        remaining: google.protobuf.duration_pb2.Duration | None = ...,
+        acquire_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["acquire_time", b"acquire_time", "remaining", b"remaining", "ttl", b"ttl"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["acquire_time", b"acquire_time", "fencing_token", b"fencing_token", "holder", b"holder", "key", b"key", "mode", b"mode", "remaining", b"remaining", "ttl", b"ttl"]) -> None: ...
+
+global___Lease = Lease
+
+@typing.final
+class AcquireLeaseRequest(google.protobuf.message.Message):
+    """AcquireLeaseRequest asks for a lease."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: builtins.int
+    CALL_FIELD_NUMBER: builtins.int
+    HOLDER_FIELD_NUMBER: builtins.int
+    TTL_FIELD_NUMBER: builtins.int
+    WAIT_FIELD_NUMBER: builtins.int
+    MODE_FIELD_NUMBER: builtins.int
+    key: builtins.str
+    """key names the session; it need not exist."""
+    holder: builtins.str
+    """holder is what the holder calls itself, for those who are refused: 1 to 256 bytes of UTF-8. It gives no right."""
+    mode: global___LeaseMode.ValueType
+    """mode says what others may do meanwhile."""
+    @property
+    def call(self) -> sessionstore.v1.session_pb2.CallIdentity:
+        """call is the call identity; without one, a repeated call is a new call."""
+
+    @property
+    def ttl(self) -> google.protobuf.duration_pb2.Duration:
+        """ttl is 1 second to 1 hour."""
+
+    @property
+    def wait(self) -> google.protobuf.duration_pb2.Duration:
+        """wait is how long to wait for a lease that is in force, or for those who wait already; absent means not at all."""
+
+    def __init__(
+        self,
+        *,
+        key: builtins.str = ...,
+        call: sessionstore.v1.session_pb2.CallIdentity | None = ...,
+        holder: builtins.str = ...,
+        ttl: google.protobuf.duration_pb2.Duration | None = ...,
+        wait: google.protobuf.duration_pb2.Duration | None = ...,
+        mode: global___LeaseMode.ValueType = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["call", b"call", "ttl", b"ttl", "wait", b"wait"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["call", b"call", "holder", b"holder", "key", b"key", "mode", b"mode", "ttl", b"ttl", "wait", b"wait"]) -> None: ...
+
+global___AcquireLeaseRequest = AcquireLeaseRequest
+
+@typing.final
+class AcquireLeaseResponse(google.protobuf.message.Message):
+    """AcquireLeaseResponse gives the lease."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LEASE_FIELD_NUMBER: builtins.int
+    REPLAYED_FIELD_NUMBER: builtins.int
+    replayed: builtins.bool
+    """replayed tells that this call was answered before; the lease may be over since."""
+    @property
+    def lease(self) -> global___Lease:
+        """lease is what was acquired."""
+
+    def __init__(
+        self,
+        *,
+        lease: global___Lease | None = ...,
+        replayed: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["lease", b"lease"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["lease", b"lease", "replayed", b"replayed"]) -> None: ...
+
+global___AcquireLeaseResponse = AcquireLeaseResponse
+
+@typing.final
+class RenewLeaseRequest(google.protobuf.message.Message):
+    """RenewLeaseRequest asks to go on."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: builtins.int
+    FENCING_TOKEN_FIELD_NUMBER: builtins.int
+    key: builtins.str
+    """key names the session."""
+    fencing_token: builtins.int
+    """fencing_token is the lease's."""
+    def __init__(
+        self,
+        *,
+        key: builtins.str = ...,
+        fencing_token: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["fencing_token", b"fencing_token", "key", b"key"]) -> None: ...
+
+global___RenewLeaseRequest = RenewLeaseRequest
+
+@typing.final
+class RenewLeaseResponse(google.protobuf.message.Message):
+    """RenewLeaseResponse gives the lease."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LEASE_FIELD_NUMBER: builtins.int
+    @property
+    def lease(self) -> global___Lease:
+        """lease has its full ttl again."""
+
+    def __init__(
+        self,
+        *,
+        lease: global___Lease | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["lease", b"lease"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["lease", b"lease"]) -> None: ...
+
+global___RenewLeaseResponse = RenewLeaseResponse
+
+@typing.final
+class ReleaseLeaseRequest(google.protobuf.message.Message):
+    """ReleaseLeaseRequest asks to end a lease."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: builtins.int
+    FENCING_TOKEN_FIELD_NUMBER: builtins.int
+    key: builtins.str
+    """key names the session."""
+    fencing_token: builtins.int
+    """fencing_token is the lease's."""
+    def __init__(
+        self,
+        *,
+        key: builtins.str = ...,
+        fencing_token: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["fencing_token", b"fencing_token", "key", b"key"]) -> None: ...
+
+global___ReleaseLeaseRequest = ReleaseLeaseRequest
+
+@typing.final
+class ReleaseLeaseResponse(google.protobuf.message.Message):
+    """ReleaseLeaseResponse tells what came of it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RELEASED_FIELD_NUMBER: builtins.int
+    released: builtins.bool
+    """released tells that the lease was in force until now."""
+    def __init__(
+        self,
+        *,
+        released: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["released", b"released"]) -> None: ...
+
+global___ReleaseLeaseResponse = ReleaseLeaseResponse
+
+@typing.final
+class GetLeaseRequest(google.protobuf.message.Message):
+    """GetLeaseRequest asks for the lease of a session."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: builtins.int
+    key: builtins.str
+    """key names the session."""
+    def __init__(
+        self,
+        *,
+        key: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["key", b"key"]) -> None: ...
+
+global___GetLeaseRequest = GetLeaseRequest
+
+@typing.final
+class GetLeaseResponse(google.protobuf.message.Message):
+    """GetLeaseResponse tells which lease is in force."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LEASE_FIELD_NUMBER: builtins.int
+    @property
+    def lease(self) -> global___Lease:
+        """lease is absent if none is in force."""
+
+    def __init__(
+        self,
+        *,
+        lease: global___Lease | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["lease", b"lease"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["lease", b"lease"]) -> None: ...
+
+global___GetLeaseResponse = GetLeaseResponse
 
 @typing.final
 class BackupRequest(google.protobuf.message.Message):

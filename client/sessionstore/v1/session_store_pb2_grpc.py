@@ -28,7 +28,7 @@ if _version_not_supported:
 class SessionStoreStub(object):
     """SessionStore owns a directory of conversation sessions. Every acknowledged mutation is durable at the level that
     GetServerInfo names. Errors carry a google.rpc.ErrorInfo; see ErrorReason. Keys, limits and refusals are checked in
-    this order: arguments, call identity, request_id, existence, expected_revision, ranges.
+    this order: arguments, call identity, request_id, lease, existence, expected_revision, ranges.
     """
 
     def __init__(self, channel):
@@ -97,6 +97,31 @@ class SessionStoreStub(object):
                 request_serializer=sessionstore_dot_v1_dot_session__store__pb2.ReadMessagesRequest.SerializeToString,
                 response_deserializer=sessionstore_dot_v1_dot_session__store__pb2.ReadMessagesResponse.FromString,
                 _registered_method=True)
+        self.Watch = channel.stream_stream(
+                '/sessionstore.v1.SessionStore/Watch',
+                request_serializer=sessionstore_dot_v1_dot_session__store__pb2.WatchRequest.SerializeToString,
+                response_deserializer=sessionstore_dot_v1_dot_session__store__pb2.WatchResponse.FromString,
+                _registered_method=True)
+        self.AcquireLease = channel.unary_unary(
+                '/sessionstore.v1.SessionStore/AcquireLease',
+                request_serializer=sessionstore_dot_v1_dot_session__store__pb2.AcquireLeaseRequest.SerializeToString,
+                response_deserializer=sessionstore_dot_v1_dot_session__store__pb2.AcquireLeaseResponse.FromString,
+                _registered_method=True)
+        self.RenewLease = channel.unary_unary(
+                '/sessionstore.v1.SessionStore/RenewLease',
+                request_serializer=sessionstore_dot_v1_dot_session__store__pb2.RenewLeaseRequest.SerializeToString,
+                response_deserializer=sessionstore_dot_v1_dot_session__store__pb2.RenewLeaseResponse.FromString,
+                _registered_method=True)
+        self.ReleaseLease = channel.unary_unary(
+                '/sessionstore.v1.SessionStore/ReleaseLease',
+                request_serializer=sessionstore_dot_v1_dot_session__store__pb2.ReleaseLeaseRequest.SerializeToString,
+                response_deserializer=sessionstore_dot_v1_dot_session__store__pb2.ReleaseLeaseResponse.FromString,
+                _registered_method=True)
+        self.GetLease = channel.unary_unary(
+                '/sessionstore.v1.SessionStore/GetLease',
+                request_serializer=sessionstore_dot_v1_dot_session__store__pb2.GetLeaseRequest.SerializeToString,
+                response_deserializer=sessionstore_dot_v1_dot_session__store__pb2.GetLeaseResponse.FromString,
+                _registered_method=True)
         self.Backup = channel.unary_stream(
                 '/sessionstore.v1.SessionStore/Backup',
                 request_serializer=sessionstore_dot_v1_dot_session__store__pb2.BackupRequest.SerializeToString,
@@ -107,7 +132,7 @@ class SessionStoreStub(object):
 class SessionStoreServicer(object):
     """SessionStore owns a directory of conversation sessions. Every acknowledged mutation is durable at the level that
     GetServerInfo names. Errors carry a google.rpc.ErrorInfo; see ErrorReason. Keys, limits and refusals are checked in
-    this order: arguments, call identity, request_id, existence, expected_revision, ranges.
+    this order: arguments, call identity, request_id, lease, existence, expected_revision, ranges.
     """
 
     def GetServerInfo(self, request, context):
@@ -202,6 +227,44 @@ class SessionStoreServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Watch(self, request_iterator, context):
+        """Watch streams what changes, in the order in which it changed for each session, without a gap. A caller that sends
+        one request and half-closes uses it as a plain server stream; later requests of the same stream add and remove keys.
+        Errors: CURSOR_INVALID, CURSOR_EXPIRED, WATCHER_TOO_SLOW, OVERLOADED (too many watchers).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AcquireLease(self, request, context):
+        """AcquireLease gives one holder the right to write to a session until it is released or its ttl passes without a
+        renewal. The session need not exist. Waiting callers are served in the order in which they came. Errors: LEASE_HELD.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RenewLease(self, request, context):
+        """RenewLease starts the ttl of a lease that is in force anew. It may be sent again. Errors: LEASE_LOST.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseLease(self, request, context):
+        """ReleaseLease ends a lease. It may be sent again: one that is not in force any more is left alone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLease(self, request, context):
+        """GetLease tells which lease is in force.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Backup(self, request, context):
         """Backup streams a copy of the whole store as it was at one moment during the call, and nothing that came later,
         while the daemon goes on serving. Everything acknowledged before the call is in it. A backup is whole once its
@@ -275,6 +338,31 @@ def add_SessionStoreServicer_to_server(servicer, server):
                     request_deserializer=sessionstore_dot_v1_dot_session__store__pb2.ReadMessagesRequest.FromString,
                     response_serializer=sessionstore_dot_v1_dot_session__store__pb2.ReadMessagesResponse.SerializeToString,
             ),
+            'Watch': grpc.stream_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=sessionstore_dot_v1_dot_session__store__pb2.WatchRequest.FromString,
+                    response_serializer=sessionstore_dot_v1_dot_session__store__pb2.WatchResponse.SerializeToString,
+            ),
+            'AcquireLease': grpc.unary_unary_rpc_method_handler(
+                    servicer.AcquireLease,
+                    request_deserializer=sessionstore_dot_v1_dot_session__store__pb2.AcquireLeaseRequest.FromString,
+                    response_serializer=sessionstore_dot_v1_dot_session__store__pb2.AcquireLeaseResponse.SerializeToString,
+            ),
+            'RenewLease': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewLease,
+                    request_deserializer=sessionstore_dot_v1_dot_session__store__pb2.RenewLeaseRequest.FromString,
+                    response_serializer=sessionstore_dot_v1_dot_session__store__pb2.RenewLeaseResponse.SerializeToString,
+            ),
+            'ReleaseLease': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseLease,
+                    request_deserializer=sessionstore_dot_v1_dot_session__store__pb2.ReleaseLeaseRequest.FromString,
+                    response_serializer=sessionstore_dot_v1_dot_session__store__pb2.ReleaseLeaseResponse.SerializeToString,
+            ),
+            'GetLease': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLease,
+                    request_deserializer=sessionstore_dot_v1_dot_session__store__pb2.GetLeaseRequest.FromString,
+                    response_serializer=sessionstore_dot_v1_dot_session__store__pb2.GetLeaseResponse.SerializeToString,
+            ),
             'Backup': grpc.unary_stream_rpc_method_handler(
                     servicer.Backup,
                     request_deserializer=sessionstore_dot_v1_dot_session__store__pb2.BackupRequest.FromString,
@@ -291,7 +379,7 @@ def add_SessionStoreServicer_to_server(servicer, server):
 class SessionStore(object):
     """SessionStore owns a directory of conversation sessions. Every acknowledged mutation is durable at the level that
     GetServerInfo names. Errors carry a google.rpc.ErrorInfo; see ErrorReason. Keys, limits and refusals are checked in
-    this order: arguments, call identity, request_id, existence, expected_revision, ranges.
+    this order: arguments, call identity, request_id, lease, existence, expected_revision, ranges.
     """
 
     @staticmethod
@@ -608,6 +696,141 @@ class SessionStore(object):
             '/sessionstore.v1.SessionStore/ReadMessages',
             sessionstore_dot_v1_dot_session__store__pb2.ReadMessagesRequest.SerializeToString,
             sessionstore_dot_v1_dot_session__store__pb2.ReadMessagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/sessionstore.v1.SessionStore/Watch',
+            sessionstore_dot_v1_dot_session__store__pb2.WatchRequest.SerializeToString,
+            sessionstore_dot_v1_dot_session__store__pb2.WatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AcquireLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sessionstore.v1.SessionStore/AcquireLease',
+            sessionstore_dot_v1_dot_session__store__pb2.AcquireLeaseRequest.SerializeToString,
+            sessionstore_dot_v1_dot_session__store__pb2.AcquireLeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sessionstore.v1.SessionStore/RenewLease',
+            sessionstore_dot_v1_dot_session__store__pb2.RenewLeaseRequest.SerializeToString,
+            sessionstore_dot_v1_dot_session__store__pb2.RenewLeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sessionstore.v1.SessionStore/ReleaseLease',
+            sessionstore_dot_v1_dot_session__store__pb2.ReleaseLeaseRequest.SerializeToString,
+            sessionstore_dot_v1_dot_session__store__pb2.ReleaseLeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sessionstore.v1.SessionStore/GetLease',
+            sessionstore_dot_v1_dot_session__store__pb2.GetLeaseRequest.SerializeToString,
+            sessionstore_dot_v1_dot_session__store__pb2.GetLeaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -22,7 +22,7 @@ class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type:
 class SessionStoreStub:
     """SessionStore owns a directory of conversation sessions. Every acknowledged mutation is durable at the level that
     GetServerInfo names. Errors carry a google.rpc.ErrorInfo; see ErrorReason. Keys, limits and refusals are checked in
-    this order: arguments, call identity, request_id, existence, expected_revision, ranges.
+    this order: arguments, call identity, request_id, lease, existence, expected_revision, ranges.
     """
 
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
@@ -113,6 +113,41 @@ class SessionStoreStub:
     known_revision, or that this stream has yet to send, were rewritten.
     """
 
+    Watch: grpc.StreamStreamMultiCallable[
+        sessionstore.v1.session_store_pb2.WatchRequest,
+        sessionstore.v1.session_store_pb2.WatchResponse,
+    ]
+    """Watch streams what changes, in the order in which it changed for each session, without a gap. A caller that sends
+    one request and half-closes uses it as a plain server stream; later requests of the same stream add and remove keys.
+    Errors: CURSOR_INVALID, CURSOR_EXPIRED, WATCHER_TOO_SLOW, OVERLOADED (too many watchers).
+    """
+
+    AcquireLease: grpc.UnaryUnaryMultiCallable[
+        sessionstore.v1.session_store_pb2.AcquireLeaseRequest,
+        sessionstore.v1.session_store_pb2.AcquireLeaseResponse,
+    ]
+    """AcquireLease gives one holder the right to write to a session until it is released or its ttl passes without a
+    renewal. The session need not exist. Waiting callers are served in the order in which they came. Errors: LEASE_HELD.
+    """
+
+    RenewLease: grpc.UnaryUnaryMultiCallable[
+        sessionstore.v1.session_store_pb2.RenewLeaseRequest,
+        sessionstore.v1.session_store_pb2.RenewLeaseResponse,
+    ]
+    """RenewLease starts the ttl of a lease that is in force anew. It may be sent again. Errors: LEASE_LOST."""
+
+    ReleaseLease: grpc.UnaryUnaryMultiCallable[
+        sessionstore.v1.session_store_pb2.ReleaseLeaseRequest,
+        sessionstore.v1.session_store_pb2.ReleaseLeaseResponse,
+    ]
+    """ReleaseLease ends a lease. It may be sent again: one that is not in force any more is left alone."""
+
+    GetLease: grpc.UnaryUnaryMultiCallable[
+        sessionstore.v1.session_store_pb2.GetLeaseRequest,
+        sessionstore.v1.session_store_pb2.GetLeaseResponse,
+    ]
+    """GetLease tells which lease is in force."""
+
     Backup: grpc.UnaryStreamMultiCallable[
         sessionstore.v1.session_store_pb2.BackupRequest,
         sessionstore.v1.session_store_pb2.BackupResponse,
@@ -126,7 +161,7 @@ class SessionStoreStub:
 class SessionStoreAsyncStub:
     """SessionStore owns a directory of conversation sessions. Every acknowledged mutation is durable at the level that
     GetServerInfo names. Errors carry a google.rpc.ErrorInfo; see ErrorReason. Keys, limits and refusals are checked in
-    this order: arguments, call identity, request_id, existence, expected_revision, ranges.
+    this order: arguments, call identity, request_id, lease, existence, expected_revision, ranges.
     """
 
     GetServerInfo: grpc.aio.UnaryUnaryMultiCallable[
@@ -216,6 +251,41 @@ class SessionStoreAsyncStub:
     known_revision, or that this stream has yet to send, were rewritten.
     """
 
+    Watch: grpc.aio.StreamStreamMultiCallable[
+        sessionstore.v1.session_store_pb2.WatchRequest,
+        sessionstore.v1.session_store_pb2.WatchResponse,
+    ]
+    """Watch streams what changes, in the order in which it changed for each session, without a gap. A caller that sends
+    one request and half-closes uses it as a plain server stream; later requests of the same stream add and remove keys.
+    Errors: CURSOR_INVALID, CURSOR_EXPIRED, WATCHER_TOO_SLOW, OVERLOADED (too many watchers).
+    """
+
+    AcquireLease: grpc.aio.UnaryUnaryMultiCallable[
+        sessionstore.v1.session_store_pb2.AcquireLeaseRequest,
+        sessionstore.v1.session_store_pb2.AcquireLeaseResponse,
+    ]
+    """AcquireLease gives one holder the right to write to a session until it is released or its ttl passes without a
+    renewal. The session need not exist. Waiting callers are served in the order in which they came. Errors: LEASE_HELD.
+    """
+
+    RenewLease: grpc.aio.UnaryUnaryMultiCallable[
+        sessionstore.v1.session_store_pb2.RenewLeaseRequest,
+        sessionstore.v1.session_store_pb2.RenewLeaseResponse,
+    ]
+    """RenewLease starts the ttl of a lease that is in force anew. It may be sent again. Errors: LEASE_LOST."""
+
+    ReleaseLease: grpc.aio.UnaryUnaryMultiCallable[
+        sessionstore.v1.session_store_pb2.ReleaseLeaseRequest,
+        sessionstore.v1.session_store_pb2.ReleaseLeaseResponse,
+    ]
+    """ReleaseLease ends a lease. It may be sent again: one that is not in force any more is left alone."""
+
+    GetLease: grpc.aio.UnaryUnaryMultiCallable[
+        sessionstore.v1.session_store_pb2.GetLeaseRequest,
+        sessionstore.v1.session_store_pb2.GetLeaseResponse,
+    ]
+    """GetLease tells which lease is in force."""
+
     Backup: grpc.aio.UnaryStreamMultiCallable[
         sessionstore.v1.session_store_pb2.BackupRequest,
         sessionstore.v1.session_store_pb2.BackupResponse,
@@ -229,7 +299,7 @@ class SessionStoreAsyncStub:
 class SessionStoreServicer(metaclass=abc.ABCMeta):
     """SessionStore owns a directory of conversation sessions. Every acknowledged mutation is durable at the level that
     GetServerInfo names. Errors carry a google.rpc.ErrorInfo; see ErrorReason. Keys, limits and refusals are checked in
-    this order: arguments, call identity, request_id, existence, expected_revision, ranges.
+    this order: arguments, call identity, request_id, lease, existence, expected_revision, ranges.
     """
 
     @abc.abstractmethod
@@ -342,6 +412,51 @@ class SessionStoreServicer(metaclass=abc.ABCMeta):
         Errors: SESSION_NOT_FOUND, INDEX_OUT_OF_RANGE, DATA_LOSS, REVISION_CONFLICT if messages that were already there at
         known_revision, or that this stream has yet to send, were rewritten.
         """
+
+    @abc.abstractmethod
+    def Watch(
+        self,
+        request_iterator: _MaybeAsyncIterator[sessionstore.v1.session_store_pb2.WatchRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[sessionstore.v1.session_store_pb2.WatchResponse], collections.abc.AsyncIterator[sessionstore.v1.session_store_pb2.WatchResponse]]:
+        """Watch streams what changes, in the order in which it changed for each session, without a gap. A caller that sends
+        one request and half-closes uses it as a plain server stream; later requests of the same stream add and remove keys.
+        Errors: CURSOR_INVALID, CURSOR_EXPIRED, WATCHER_TOO_SLOW, OVERLOADED (too many watchers).
+        """
+
+    @abc.abstractmethod
+    def AcquireLease(
+        self,
+        request: sessionstore.v1.session_store_pb2.AcquireLeaseRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[sessionstore.v1.session_store_pb2.AcquireLeaseResponse, collections.abc.Awaitable[sessionstore.v1.session_store_pb2.AcquireLeaseResponse]]:
+        """AcquireLease gives one holder the right to write to a session until it is released or its ttl passes without a
+        renewal. The session need not exist. Waiting callers are served in the order in which they came. Errors: LEASE_HELD.
+        """
+
+    @abc.abstractmethod
+    def RenewLease(
+        self,
+        request: sessionstore.v1.session_store_pb2.RenewLeaseRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[sessionstore.v1.session_store_pb2.RenewLeaseResponse, collections.abc.Awaitable[sessionstore.v1.session_store_pb2.RenewLeaseResponse]]:
+        """RenewLease starts the ttl of a lease that is in force anew. It may be sent again. Errors: LEASE_LOST."""
+
+    @abc.abstractmethod
+    def ReleaseLease(
+        self,
+        request: sessionstore.v1.session_store_pb2.ReleaseLeaseRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[sessionstore.v1.session_store_pb2.ReleaseLeaseResponse, collections.abc.Awaitable[sessionstore.v1.session_store_pb2.ReleaseLeaseResponse]]:
+        """ReleaseLease ends a lease. It may be sent again: one that is not in force any more is left alone."""
+
+    @abc.abstractmethod
+    def GetLease(
+        self,
+        request: sessionstore.v1.session_store_pb2.GetLeaseRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[sessionstore.v1.session_store_pb2.GetLeaseResponse, collections.abc.Awaitable[sessionstore.v1.session_store_pb2.GetLeaseResponse]]:
+        """GetLease tells which lease is in force."""
 
     @abc.abstractmethod
     def Backup(
