@@ -17,9 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from engines import done, one, read, request
-from sessionstored.engine import Engine, Query
+from sessionstored.engine import Engine, Query, Request
 from sessionstored.engine.jsonl import DEFAULT_TUNING, JsonlEngine, open_jsonl
 from sessionstored.engine.jsonl.store import FORMAT
+from sessionstored.leases import Acquire
 from sessionstored.rules import Append, Create, Delete, Fork, Pop, Replace, Update
 
 FIXTURES = Path(__file__).parent / "fixtures" / "golden"
@@ -49,6 +50,7 @@ async def first_changes(engine: Engine) -> None:
     await done(engine, Append("gone", [user("deleted later")]))
     await one(engine, KEPT_CALL)
     await one(engine, KEPT_REQUEST)
+    await one(engine, Request(Acquire("leased", "golden", 60.0)))
 
 
 async def last_changes(engine: Engine) -> None:
@@ -58,6 +60,7 @@ async def last_changes(engine: Engine) -> None:
     await done(engine, Update("a/b", members={"tag": b'"late"'}))
     await done(engine, Delete("gone"))
     await done(engine, Append("new", [user("born late")]))
+    await one(engine, Request(Acquire("leased late", "golden", 3600.0, appends_allowed=True)))
 
 
 async def make(root: Path) -> None:
@@ -108,6 +111,12 @@ async def contents(engine: Engine) -> dict[str, object]:
             "messages": [line.decode() for line in found.lines],
         }
     return said
+
+
+async def leases(engine: Engine) -> dict[str, tuple[str, str, float]]:
+    """The leases that a store has, renewed by its start."""
+    kept = [await engine.lease(key) for key in ("leased", "leased late")]
+    return {each.key: (each.holder, each.mode, each.ttl_s) for each in kept if each is not None}
 
 
 if __name__ == "__main__":

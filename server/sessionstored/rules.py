@@ -167,6 +167,7 @@ class Limits:
     """Bytes of removed messages that the remembered answers of one client may hold."""
     window_request_ids_max: int = 1000
     window_age_max_s: int = 24 * 3600
+    leases_max: int = 100_000
 
 
 DEFAULT_LIMITS = Limits()

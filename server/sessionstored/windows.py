@@ -12,7 +12,8 @@ it, since a refused one never happened.
 
 from dataclasses import dataclass, field
 
-from sessionstored.rules import DEFAULT_LIMITS, Answer, Limits, Outcome, Refusal
+from sessionstored.leases import AnyOutcome
+from sessionstored.rules import DEFAULT_LIMITS, Answer, Limits, Refusal
 
 # A copy tells its age as of when it was sent. It is decided later, after its way and its wait, and must still
 # find the window that knows it: so a window outlives the age up to which calls are taken.
@@ -34,7 +35,7 @@ class Remembered:
     """An outcome, and a digest of the content that it answered."""
 
     digest: bytes
-    outcome: Outcome
+    outcome: AnyOutcome
 
 
 @dataclass(slots=True)
@@ -45,7 +46,7 @@ class CallWindow:
     last_contact_s: float = 0.0
     answers: dict[int, Remembered] = field(default_factory=dict)
 
-    def find(self, call: Call, digest: bytes, limits: Limits = DEFAULT_LIMITS) -> Outcome | None:
+    def find(self, call: Call, digest: bytes, limits: Limits = DEFAULT_LIMITS) -> AnyOutcome | None:
         """The first answer of this call; a refusal if that cannot be known; None if the call is new."""
         where = {"client_id": call.client_id, "sequence": str(call.sequence)}
         known = self.answers.get(call.sequence)
@@ -68,7 +69,7 @@ class CallWindow:
         return None
 
     def record(
-        self, call: Call, digest: bytes, outcome: Outcome, now_s: float, limits: Limits = DEFAULT_LIMITS
+        self, call: Call, digest: bytes, outcome: AnyOutcome, now_s: float, limits: Limits = DEFAULT_LIMITS
     ) -> None:
         """Remember a new call's outcome, and forget what the client has, or what does not fit."""
         self.last_contact_s = now_s
@@ -82,7 +83,7 @@ class CallWindow:
             self.floor = min(self.answers)
             del self.answers[self.floor]
 
-    def _holds_too_much(self, newest: Outcome, limits: Limits) -> bool:
+    def _holds_too_much(self, newest: AnyOutcome, limits: Limits) -> bool:
         """Whether the messages that answers hold are over their bound; only a new one can do that."""
         if len(self.answers) < 2 or not isinstance(newest, Answer) or newest.message is None:
             return False
@@ -95,7 +96,7 @@ class CallWindow:
         return now_s - self.last_contact_s > limits.window_age_max_s + FORGET_SLACK_S
 
 
-def find_request(known: Remembered | None, key: str, request_id: str, digest: bytes) -> Outcome | None:
+def find_request(known: Remembered | None, key: str, request_id: str, digest: bytes) -> AnyOutcome | None:
     """The first answer of this request_id; a refusal if it was used with other content; None if it is new."""
     if known is None:
         return None
@@ -108,6 +109,6 @@ def find_request(known: Remembered | None, key: str, request_id: str, digest: by
     )
 
 
-def remembered_by_request_id(outcome: Outcome) -> bool:
+def remembered_by_request_id(outcome: AnyOutcome) -> bool:
     """Whether an outcome is kept under its request_id: only changes that happened are."""
     return isinstance(outcome, Answer)

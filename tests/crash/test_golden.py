@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from engines import one
-from golden import FIXTURES, KEPT_CALL, KEPT_REQUEST, contents, open_golden
+from golden import FIXTURES, KEPT_CALL, KEPT_REQUEST, contents, leases, open_golden
 from seed_reader import read_session
 from sessionstored.engine.jsonl.store import FORMAT
 from sessionstored.rules import Answer
@@ -29,6 +29,9 @@ async def test_a_golden_directory_is_read_as_it_was(tmp_path: Path, directory: P
         again = await one(engine, asked)
         assert isinstance(again.outcome, Answer)
         assert again.replayed
+    kept = await leases(engine)
+    late = {"leased late": ("golden", "appends_allowed", 3600.0)} if directory.name == "killed" else {}
+    assert kept == {"leased": ("golden", "exclusive", 60.0)} | late
     await engine.close()
     files = [read_session(path) for path in (data / "sessions").glob("*.jsonl")]
     in_files = {session.key: session.messages for session in files if session}

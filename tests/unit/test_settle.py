@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from sessionstored.engine import Refused, Request
 from sessionstored.engine.settle import Settled, expired_in_queue, settle
+from sessionstored.leases import Lease, LeaseEvent
 from sessionstored.rules import (
     DEFAULT_LIMITS,
     Answer,
@@ -27,6 +28,8 @@ class FakeView:
     damaged: set[str] = field(default_factory=set)
     windows: dict[str, CallWindow] = field(default_factory=dict)
     requests: dict[tuple[str, str], Remembered] = field(default_factory=dict)
+    leases: dict[str, Lease] = field(default_factory=dict)
+    events: list[LeaseEvent] = field(default_factory=list)
 
     def head(self, key: str, damaged: bool = False) -> Head | None:
         if key in self.damaged:
@@ -44,6 +47,19 @@ class FakeView:
 
     def remember(self, key: str, request_id: str, remembered: Remembered) -> None:
         self.requests[key, request_id] = remembered
+
+    def kept_lease(self, key: str) -> Lease | None:
+        return self.leases.get(key)
+
+    def change_lease(self, lease: Lease, event: LeaseEvent) -> None:
+        self.events.append(event)
+        if event.in_force:
+            self.leases[lease.key] = lease
+        else:
+            del self.leases[lease.key]
+
+    def lease_count(self) -> int:
+        return len(self.leases)
 
     def settle(self, request: Request, clock_s: float = 50.0) -> Settled:
         settled = settle(

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from sessionstored.rules import Head, Mutation, Outcome, Refusal
+from sessionstored.leases import AnyOutcome, Lease, LeaseOperation
+from sessionstored.rules import Head, Mutation, Refusal
 from sessionstored.windows import Call
 
 BACKUP_BYTES_MAX = 1 << 20
@@ -33,22 +34,28 @@ class StartError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A mutation with what makes it safe to repeat."""
+    """A mutation, or an operation on a lease, with what makes it safe to repeat."""
 
-    mutation: Mutation
+    mutation: Mutation | LeaseOperation
     call: Call | None = None
     request_id: str = ""
     digest: bytes = b""
     """A digest of the content, the call identity left out; needed if there is a call or a request_id."""
     deadline_s: float | None = None
     """On time.monotonic(): a request that is not decided by then is refused, and certainly not applied."""
+    fencing_token: int = 0
+    """The token of the lease that a write is made under: it must be in force. 0: none."""
+    waiting: bool = False
+    """It is asked again if a lease keeps it from being done: that refusal is not remembered."""
+    behind: str | None = None
+    """For Acquire: others wait already, and this is the first one's holder; see `decide_lease`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
     """What one request got. `replayed` tells that it is the first answer of an earlier copy."""
 
-    outcome: Outcome
+    outcome: AnyOutcome
     replayed: bool = False
 
 
@@ -196,6 +203,14 @@ class Engine(Protocol):
             Refused: SESSION_NOT_FOUND, DATA_LOSS.
 
         """
+        ...
+
+    async def lease(self, key: str) -> Lease | None:
+        """The lease of a session that is in force."""
+        ...
+
+    def clock_s(self) -> float:
+        """The store's own clock, on which leases end: seconds, never jumping."""
         ...
 
     async def list(self, query: Query) -> Page:

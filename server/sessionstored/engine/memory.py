@@ -11,7 +11,9 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from sessionstored.engine import BackupItem, Order, Page, Query, Refused, Reply, Request, Slice
+from sessionstored.engine.leasing import LeaseBook
 from sessionstored.engine.settle import expired_in_queue, settle
+from sessionstored.leases import Lease, LeaseEvent
 from sessionstored.rules import DEFAULT_LIMITS, Change, Fork, Head, Limits, Refusal, not_found
 from sessionstored.windows import CallWindow, Remembered
 
@@ -46,6 +48,7 @@ class MemoryEngine:
         self._windows: dict[str, CallWindow] = {}
         # Both in the order of last contact, so that what is too old is found at the front.
         self._requests: dict[str, dict[str, tuple[float, Remembered]]] = {}
+        self._leases = LeaseBook()
         self._revision = 0
         self._closed = False
 
@@ -130,6 +133,22 @@ class MemoryEngine:
         while len(known) > self._limits.window_request_ids_max:
             del known[next(iter(known))]
 
+    def kept_lease(self, key: str) -> Lease | None:
+        """The last lease of a session that did not end."""
+        return self._leases.get(key)
+
+    def change_lease(self, lease: Lease, event: LeaseEvent) -> None:
+        """Keep what became of a lease."""
+        self._leases.update({lease.key: lease if event.in_force else None})
+        if event is LeaseEvent.ACQUIRED:
+            self._revision = lease.token
+
+    def lease_count(self) -> int:
+        """How many leases are in force."""
+        if len(self._leases) >= self._limits.leases_max:
+            self._leases.update(dict.fromkeys(self._leases.lapsed(self._clock_s())))
+        return len(self._leases)
+
     # Reads.
 
     async def read(self, key: str, select: Callable[[Head], tuple[int, int]], max_bytes: int) -> Slice:
@@ -146,6 +165,14 @@ class MemoryEngine:
                 break
             lines.append(line)
         return Slice(head, start, lines)
+
+    async def lease(self, key: str) -> Lease | None:
+        """The lease of a session that is in force."""
+        return self._leases.in_force(key, self._clock_s())
+
+    def clock_s(self) -> float:
+        """The clock on which leases end."""
+        return self._clock_s()
 
     async def list(self, query: Query) -> Page:
         """One page of heads."""

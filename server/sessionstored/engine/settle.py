@@ -5,9 +5,11 @@ for one request after the other, each seeing what the one before left in the vie
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from sessionstored.engine import Refused, Reply, Request
+from sessionstored.engine.leasing import LeaseView, refused_by_lease, settle_lease
+from sessionstored.leases import Acquire, AnyOutcome, Release, Renew
 from sessionstored.rules import (
     Answer,
     Change,
@@ -16,15 +18,17 @@ from sessionstored.rules import (
     Fork,
     Head,
     Limits,
-    Outcome,
+    Mutation,
     Pop,
     Refusal,
     decide,
 )
 from sessionstored.windows import CallWindow, Remembered, find_request, remembered_by_request_id
 
+Asked = TypeVar("Asked", bound=AnyOutcome)
 
-class View(Protocol):
+
+class View(LeaseView, Protocol):
     """The state that a request is decided against."""
 
     def head(self, key: str, damaged: bool = False) -> Head | None:
@@ -85,10 +89,10 @@ def settle(
         window.last_contact_s = clock_s
         first = window.find(request.call, request.digest, limits)
         if first is not None:
-            return Settled(Reply(first, replayed=isinstance(first, Answer)))
+            return Settled(Reply(first, replayed=not isinstance(first, Refusal)))
     key = request.mutation.key
     change: Change | None = None
-    outcome: Outcome | None = None
+    outcome: AnyOutcome | None = None
     replayed = False
     if request.request_id:
         known = view.remembered(key, request.request_id)
@@ -98,10 +102,9 @@ def settle(
         return Settled(Reply(obstacle))
     if outcome is None:
         try:
-            decision = _decide(request, view, revision, now_us, limits)
-        except Refused as damaged:
-            return Settled(Reply(damaged.refusal))
-        outcome, change = decision.outcome, decision.change
+            outcome, change = _decide(request, view, revision, now_us, clock_s, limits)
+        except Refused as not_now:
+            return Settled(Reply(not_now.refusal))
         if request.request_id and remembered_by_request_id(outcome):
             view.remember(key, request.request_id, Remembered(request.digest, outcome))
     if request.call is not None and window is not None:
@@ -114,8 +117,41 @@ def expired_in_queue() -> Refusal:
     return Refusal("EXPIRED_IN_QUEUE", "the call's deadline passed before it was decided; nothing was stored")
 
 
-def _decide(request: Request, view: View, revision: int, now_us: int, limits: Limits) -> Decision:
+def _decide(
+    request: Request, view: View, revision: int, now_us: int, clock_s: float, limits: Limits
+) -> tuple[AnyOutcome, Change | None]:
+    """Decide one request. Raises Refused for what is not to be remembered."""
     mutation = request.mutation
+    if isinstance(mutation, Acquire | Renew | Release):
+        outcome = settle_lease(
+            mutation,
+            view,
+            token=revision,
+            now_us=now_us,
+            clock_s=clock_s,
+            limits=limits,
+            behind=request.behind,
+        )
+        return _asked_again(request, outcome), None
+    refusal = refused_by_lease(mutation, request.fencing_token, view, clock_s)
+    if refusal is not None:
+        return _asked_again(request, refusal), None
+    decision = _decide_mutation(mutation, view, revision, now_us, limits)
+    return decision.outcome, decision.change
+
+
+def _asked_again(request: Request, outcome: Asked) -> Asked:
+    """An outcome that has to do with a lease. Raises Refused if the same request may get another one."""
+    if isinstance(outcome, Refusal) and (
+        outcome.reason == "OVERLOADED" or (request.waiting and outcome.reason == "LEASE_HELD")
+    ):
+        raise Refused(outcome)
+    return outcome
+
+
+def _decide_mutation(
+    mutation: Mutation, view: View, revision: int, now_us: int, limits: Limits
+) -> Decision:
     source = view.head(mutation.source_key) if isinstance(mutation, Fork) else None
     head = view.head(mutation.key, damaged=isinstance(mutation, Delete))  # damaged sessions can be deleted
     decision = decide(head, mutation, revision=revision, now_us=now_us, source=source, limits=limits)

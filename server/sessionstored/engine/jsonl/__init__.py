@@ -19,7 +19,7 @@ import apsw
 from sessionstored.engine import BackupItem, Page, Query, Refused, Reply, Request, Scrub, Slice
 from sessionstored.engine.jsonl import pages
 from sessionstored.engine.jsonl.backing_up import Backups
-from sessionstored.engine.jsonl.committer import STOPPING, UNKNOWN, Committer, Job, StaleFork
+from sessionstored.engine.jsonl.committer import NEEDS_NO_ROOM, STOPPING, UNKNOWN, Committer, Job, StaleFork
 from sessionstored.engine.jsonl.damage import confirm
 from sessionstored.engine.jsonl.disk import Disk
 from sessionstored.engine.jsonl.files import FileChanged, Region, WrongBlock
@@ -31,11 +31,11 @@ from sessionstored.engine.jsonl.opening import open_vault, start_error
 from sessionstored.engine.jsonl.scrubber import Scrubber
 from sessionstored.engine.jsonl.state import State, journal_damaged
 from sessionstored.engine.jsonl.store import Directory
+from sessionstored.leases import Lease
 from sessionstored.rules import (
     DEFAULT_LIMITS,
     Append,
     Create,
-    Delete,
     Fork,
     Head,
     Limits,
@@ -178,6 +178,7 @@ class JsonlEngine:
             self._committer.stop()
             self._release()
             raise start_error(self._directory, error) from error
+        self._vault.leases.begin_anew(self._vault.clock_s())
         self._maintenance.start()
         self._scrubber.start()
 
@@ -287,7 +288,7 @@ class JsonlEngine:
                 _overloaded(f"more than {limit} {'requests' if over_requests else 'bytes'} wait", limit)
             )
         deadline = self._loop.time() + tuning.backlog_wait_s
-        makes_room = all(isinstance(request.mutation, Delete) for request in requests)
+        makes_room = all(isinstance(request.mutation, NEEDS_NO_ROOM) for request in requests)
         while not makes_room and not self._committer.failure and (waiting := self._files_lack()):
             self._maintenance.nudge()
             if self._loop.time() > deadline:
@@ -443,6 +444,14 @@ class JsonlEngine:
             return await self._loop.run_in_executor(self._readers, work)
         except pages.DAMAGED as error:
             raise Refused(journal_damaged(pages.describe(error))) from error
+
+    async def lease(self, key: str) -> Lease | None:
+        """The lease of a session that is in force."""
+        return self._vault.leases.in_force(key, self._vault.clock_s())
+
+    def clock_s(self) -> float:
+        """The store's own clock."""
+        return self._vault.clock_s()
 
     async def list(self, query: Query) -> Page:
         """One page of heads."""

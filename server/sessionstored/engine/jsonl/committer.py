@@ -26,6 +26,7 @@ from sessionstored.engine.jsonl.state import Draft
 from sessionstored.engine.jsonl.store import with_ceiling
 from sessionstored.engine.jsonl.vault import Vault
 from sessionstored.engine.settle import expired_in_queue
+from sessionstored.leases import Release, Renew
 from sessionstored.rules import Delete, Refusal
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,10 @@ UNKNOWN = Refusal(
     "send the very same call again to find out",
 )
 STOPPING = Refusal("SHUTTING_DOWN", "the daemon is stopping; nothing was stored")
+
+
+NEEDS_NO_ROOM = (Delete, Release, Renew)
+"""What is decided also while the disk is full, or too much waits for the session files."""
 
 
 class StaleFork(Exception):
@@ -284,7 +289,7 @@ class Committer:
             replies = []
             for request in job.requests:
                 obstacle = job.obstacle
-                if obstacle is None and full and not isinstance(request.mutation, Delete):
+                if obstacle is None and full and not isinstance(request.mutation, NEEDS_NO_ROOM):
                     obstacle = self.full()
                 if obstacle is None and request.deadline_s is not None and monotonic_s > request.deadline_s:
                     obstacle = expired_in_queue()
@@ -300,7 +305,7 @@ class Committer:
         if group.row.parts:
             if vault.revision > vault.store.revision_ceiling:
                 vault.write_store(with_ceiling(vault.store, vault.revision))
-            vault.commit_row(group.row, group.clock_s, group.entries)
+            vault.commit_row(group.row, group.clock_s, group.entries, group.leases)
 
     def _publish(self, group: Group) -> None:
         """Make a committed group what readers see."""
@@ -309,6 +314,7 @@ class Committer:
                 self._publish_draft(draft)
             windows = {client: group.windows[client] for client in group.recorded}
             self._vault.windows.publish(windows, group.requests)
+            self._vault.leases.update(group.leases)
 
     def _publish_draft(self, draft: Draft) -> None:
         """Make a draft the state that readers see."""

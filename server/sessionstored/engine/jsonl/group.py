@@ -12,11 +12,12 @@ from sessionstored.engine import Refused, Reply, Request
 from sessionstored.engine.jsonl.answers import StoredRequest
 from sessionstored.engine.jsonl.catalogue import Entry
 from sessionstored.engine.jsonl.files import CHANGED, FileChanged
-from sessionstored.engine.jsonl.records import CallRecord, DeleteRecord, RequestRecord, Row
+from sessionstored.engine.jsonl.records import CallRecord, DeleteRecord, LeaseRecord, RequestRecord, Row
 from sessionstored.engine.jsonl.state import Draft, State, data_loss, journal_damaged
 from sessionstored.engine.jsonl.tables import WrongRow
 from sessionstored.engine.jsonl.vault import Vault
 from sessionstored.engine.settle import settle
+from sessionstored.leases import Acquire, Lease, LeaseEvent, Release, Renew
 from sessionstored.rules import Change, Fork, Head, Refusal, Replace
 from sessionstored.windows import CallWindow, Remembered
 
@@ -40,6 +41,8 @@ class Group:
         self.windows: dict[str, CallWindow] = {}
         self.requests: dict[tuple[str, str], StoredRequest] = {}
         self.entries: list[Entry] = []
+        self.leases: dict[str, Lease | None] = {}
+        """What became of leases; None for those that have ended."""
         self.recorded: set[str] = set()
         self._numbers: dict[str, int] = {}
         """Of each session the number of its newest request_id: a group that is dropped takes none."""
@@ -86,6 +89,8 @@ class Group:
     def _load(self, request: Request) -> None:
         """Load what a request speaks of before it gets a revision: a file that was edited takes one, too."""
         mutation = request.mutation
+        if isinstance(mutation, Acquire | Renew | Release):
+            return  # that has nothing to do with what the session holds
         for key in (mutation.source_key, mutation.key) if isinstance(mutation, Fork) else (mutation.key,):
             try:
                 self._draft(key)
@@ -133,6 +138,22 @@ class Group:
         self._numbers[key] = number
         self.requests[key, request_id] = StoredRequest(number, self.clock_s, remembered)
         self.row.request(RequestRecord(key, request_id, remembered))
+
+    def kept_lease(self, key: str) -> Lease | None:
+        """A session's lease as this group leaves it."""
+        return self.leases[key] if key in self.leases else self.vault.leases.get(key)
+
+    def change_lease(self, lease: Lease, event: LeaseEvent) -> None:
+        """Keep what became of a lease. A renewal has no record: a start gives the full ttl anyway."""
+        self.leases[lease.key] = lease if event.in_force else None
+        if event is LeaseEvent.ACQUIRED:
+            self.vault.revision = lease.token
+        if event is not LeaseEvent.RENEWED:
+            self.row.lease(LeaseRecord(event, lease))
+
+    def lease_count(self) -> int:
+        """How many leases there are, about: those of before, and those that this group has dealt with."""
+        return len(self.vault.leases) + len(self.leases)
 
     # Drafts.
 

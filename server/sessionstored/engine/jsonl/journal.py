@@ -12,18 +12,19 @@ Knows rows and SQL; nothing of files, threads or decisions. `pages` keeps what i
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import apsw
 
-from sessionstored.engine.jsonl import answers, catalogue, pages, wal
+from sessionstored.engine.jsonl import answers, catalogue, lease_table, pages, wal
 from sessionstored.engine.jsonl.answers import Answers, StoredRequest
 from sessionstored.engine.jsonl.catalogue import Catalogue, Entry, WritableCatalogue
 from sessionstored.engine.jsonl.records import checksum
 from sessionstored.engine.jsonl.snapshot import Snapshot
 from sessionstored.engine.jsonl.tables import WrongRow, is_whole, one_value, row_crc
+from sessionstored.leases import Lease
 from sessionstored.windows import CallWindow
 
 APPLICATION_ID = 0x53455353  # "SESS"
@@ -78,7 +79,8 @@ class Journal:
         version = self._db.pragma("user_version")
         if version == 0:
             with self.transaction():
-                for statement in (_SCHEMA + catalogue.SCHEMA + answers.SCHEMA).split(";\n"):
+                schema = _SCHEMA + catalogue.SCHEMA + answers.SCHEMA + lease_table.SCHEMA
+                for statement in schema.split(";\n"):
                     self._db.execute(statement)
                 self._db.pragma("application_id", APPLICATION_ID)
                 self._db.pragma("user_version", SCHEMA_VERSION)
@@ -136,9 +138,15 @@ class Journal:
             os.posix_fallocate(self._index, size, wanted - size)
 
     def append(
-        self, row_id: int, last_revision: int, clock_s: float, body: bytes, entries: Iterable[Entry]
+        self,
+        row_id: int,
+        last_revision: int,
+        clock_s: float,
+        body: bytes,
+        entries: Iterable[Entry],
+        leases: Mapping[str, Lease | None],
     ) -> None:
-        """Commit one group: its row, and the catalogue rows of files that it brings with it."""
+        """Commit one group: its row, the catalogue rows of files that it brings with it, and its leases."""
         with self.transaction():
             self._db.execute(
                 "INSERT INTO journal VALUES (?, ?, ?, ?, ?)",
@@ -146,6 +154,21 @@ class Journal:
             )
             for entry in entries:
                 self.catalogue.put(entry)
+            lease_table.write(self._db, leases)
+
+    def leases(self) -> tuple[list[Lease], int]:
+        """The leases that did not end, and how many rows of leases are not what was written."""
+        return lease_table.read(self._db)
+
+    def put_leases(self, leases: Mapping[str, Lease | None]) -> None:
+        """Write what became of leases beside any group."""
+        with self.transaction():
+            lease_table.write(self._db, leases)
+
+    def end_leases(self) -> None:
+        """End every lease."""
+        with self.transaction():
+            lease_table.clear(self._db)
 
     def rows(self) -> Iterator[tuple[int, float, bytes, bool]]:
         """(id, clock, body, whole) of every row, in order; `whole` tells whether its checksum is right."""

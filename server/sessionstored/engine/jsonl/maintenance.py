@@ -26,6 +26,7 @@ from sessionstored.engine.jsonl.damage import condemn
 from sessionstored.engine.jsonl.files import FileChanged, Region
 from sessionstored.engine.jsonl.state import File, State
 from sessionstored.engine.jsonl.vault import Vault
+from sessionstored.leases import Lease
 from sessionstored.rules import Head, Refusal
 from sessionstored.windows import FORGET_SLACK_S, CallWindow
 
@@ -366,6 +367,7 @@ class Maintenance:
             vault.limits.window_request_ids_max,
             now - vault.limits.window_age_max_s - FORGET_SLACK_S,
         )
+        self._drop_lapsed_leases(now)
         vault.backlog_bytes -= dropped_bytes
         vault.windows.written(captured.clients, captured.requests)
         with vault.lock:
@@ -376,6 +378,14 @@ class Maintenance:
             for one in captured.complete:
                 if one.state.head is not None and one.state.file is one.file:  # else it has no row, perhaps
                     vault.release_name(one.entry.file)
+
+    def _drop_lapsed_leases(self, now: float) -> None:
+        """Forget leases that ran out and that nobody has asked for since. On the committer's thread."""
+        vault = self._vault
+        lapsed: dict[str, Lease | None] = dict.fromkeys(vault.leases.lapsed(now))
+        if lapsed:
+            vault.journal.put_leases(lapsed)
+            vault.leases.update(lapsed)
 
     def _shorten_wal(self) -> None:
         """Move the write-ahead log into the database: most of it beside the committer, the rest within."""

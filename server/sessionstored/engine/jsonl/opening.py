@@ -190,4 +190,5 @@ def _set_log_aside(vault: Vault, what: str, accept_loss: bool) -> None:
             "--accept-loss to go on without them"
         )
     aside = vault.files.set_aside(log.name, log.read_bytes(), "damaged")
+    vault.journal.end_leases()  # what a holder wrote may be lost, and the lease of the next one
     logger.error("%s is damaged: %s: it is in quarantine/%s", log, what, aside)

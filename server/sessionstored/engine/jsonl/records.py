@@ -8,6 +8,10 @@ says:
     ["d", key, revision, file, marks, aside]                     a session is gone, and this file
     ["c", client_id, sequence, answered_through, digest, outcome]  a call's answer
     ["q", key, request_id, digest, outcome]                      a request_id's answer
+    ["l", event, lease]                                          a lease was acquired or has ended
+
+A lease is [key, holder, token, appends_allowed, ttl_s, acquire_time_us, acquired_s, expires_s], and its event
+"acquired", "released" or "lapsed".
 
 `marks` are pairs [length, digest]; `extra` is an object: "metadata" (JSON text) if it differs from before,
 "file" (its name) if the session is new. The row carries a CRC-32 over all of it.
@@ -20,7 +24,8 @@ from dataclasses import dataclass, field
 from zlib import crc32
 
 from sessionstored.engine.jsonl.blocks import Mark
-from sessionstored.rules import Answer, Head, Outcome, Refusal
+from sessionstored.leases import AnyOutcome, Granted, Lease, LeaseEvent, Released
+from sessionstored.rules import Answer, Head, Refusal
 from sessionstored.windows import Remembered
 
 
@@ -73,7 +78,15 @@ class RequestRecord:
     remembered: Remembered
 
 
-Record = SessionRecord | DeleteRecord | CallRecord | RequestRecord
+@dataclass(frozen=True, slots=True)
+class LeaseRecord:
+    """What became of a lease. The table of leases has it, too: this is for those who watch."""
+
+    event: LeaseEvent
+    lease: Lease
+
+
+Record = SessionRecord | DeleteRecord | CallRecord | RequestRecord | LeaseRecord
 
 
 @dataclass(slots=True)
@@ -139,6 +152,12 @@ class Row:
         kept = record.remembered
         self.add(["q", record.key, record.request_id, kept.digest.hex(), outcome_to_json(kept.outcome)])
 
+    def lease(self, record: LeaseRecord) -> None:
+        """Add what became of a lease; its token comes from the revisions' counter."""
+        self.add(["l", record.event.value, _lease_to_json(record.lease)])
+        if record.event is LeaseEvent.ACQUIRED:
+            self.last_revision = record.lease.token
+
     def body(self) -> bytes:
         """The row's bytes."""
         return b"".join(self.parts)
@@ -199,12 +218,47 @@ def read_row(body: bytes) -> Iterator[Record]:
                 yield RequestRecord(
                     key, request_id, Remembered(bytes.fromhex(digest), outcome_from_json(outcome))
                 )
+            case ["l", event, lease]:
+                yield LeaseRecord(LeaseEvent(event), _lease_from_json(lease))
             case _:
                 raise DamagedRow(f"an unknown record begins with {body[position - 40 : position]!r}")
 
 
-def outcome_to_json(outcome: Outcome) -> list[object]:
+def _lease_to_json(lease: Lease) -> list[object]:
+    return [
+        lease.key,
+        lease.holder,
+        lease.token,
+        lease.appends_allowed,
+        lease.ttl_s,
+        lease.acquire_time_us,
+        lease.acquired_s,
+        lease.expires_s,
+    ]
+
+
+def _lease_from_json(fields: object) -> Lease:
+    match fields:
+        case [
+            str() as key,
+            str() as holder,
+            int() as token,
+            bool() as appends_allowed,
+            float() as ttl_s,
+            int() as acquired_us,
+            float() as acquired_s,
+            float() as expires_s,
+        ]:
+            return Lease(key, holder, token, appends_allowed, ttl_s, acquired_us, acquired_s, expires_s)
+    raise DamagedRow(f"not a lease: {fields!r}")
+
+
+def outcome_to_json(outcome: AnyOutcome) -> list[object]:
     """An outcome as a JSON array."""
+    if isinstance(outcome, Granted):
+        return ["lease", _lease_to_json(outcome.lease)]
+    if isinstance(outcome, Released):
+        return ["released", outcome.released]
     if isinstance(outcome, Refusal):
         return [outcome.reason, outcome.message, outcome.metadata]
     message = None if outcome.message is None else outcome.message.decode()
@@ -219,9 +273,13 @@ def outcome_to_json(outcome: Outcome) -> list[object]:
     ]
 
 
-def outcome_from_json(fields: list[object]) -> Outcome:
+def outcome_from_json(fields: list[object]) -> AnyOutcome:
     """An outcome from its JSON array."""
     match fields:
+        case ["lease", lease]:
+            return Granted(_lease_from_json(lease))
+        case ["released", bool() as released]:
+            return Released(released)
         case [str() as reason, str() as message, dict() as metadata]:
             return Refusal(reason, message, metadata)
         case [

@@ -25,6 +25,7 @@ from sessionstored.engine.jsonl.records import (
     CallRecord,
     DamagedRow,
     DeleteRecord,
+    LeaseRecord,
     Record,
     RequestRecord,
     SessionRecord,
@@ -79,6 +80,7 @@ class Recovery:
             self._bury(record)
         self._adopt_unknown()
         vault.journal.put_meta(revision=vault.revision)
+        self._load_leases()
         if self._rows:
             vault.files.names_changed = True  # what the last daemon renamed or removed may not be durable
             log.info("recovered %d journal rows, %d sessions", self._rows, len(self._touched))
@@ -163,6 +165,7 @@ class Recovery:
                         "or start with --accept-loss to go on without them"
                     ) from error
                 aside = vault.files.set_aside("journal.db", body, f"row{row_id}")
+                vault.journal.end_leases()  # what a holder wrote may be lost, and the lease of the next one
                 log.error("row %d of the journal is damaged: set aside in quarantine/%s", row_id, aside)
                 continue
             for record in records:
@@ -183,6 +186,16 @@ class Recovery:
                 vault.windows.replay_call(record, clock_s)
             case RequestRecord():
                 vault.windows.replay_request(record, clock_s)
+            case LeaseRecord():  # the table of leases has it
+                vault.revision = max(vault.revision, record.lease.token)
+
+    def _load_leases(self) -> None:
+        leases, wrong = self._vault.journal.leases()
+        if wrong:
+            log.error("%d leases end here: their rows in journal.db are not what was written", wrong)
+            self._vault.journal.end_leases()
+            self._vault.journal.put_leases({lease.key: lease for lease in leases})
+        self._vault.leases.load(leases)
 
     def _state(self, key: str) -> State:
         """The state of a key as the replay has it so far."""

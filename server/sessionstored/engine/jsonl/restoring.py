@@ -237,6 +237,7 @@ def _finish_journal(
         revision += REVISIONS_SKIPPED
         journal.put_fingerprints(found)
         journal.put_meta(store_id=store_id, revision=revision)
+        journal.end_leases()  # what holders have read since is not what is here
         if not journal.wal_checkpoint():
             raise RestoreError(f"another process reads {directory.journal}")
     finally:

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import TypeVar
@@ -27,6 +27,8 @@ from sessionstored.engine.jsonl.remembered import Windows
 from sessionstored.engine.jsonl.state import File, State, data_loss, journal_damaged, state_of_entry
 from sessionstored.engine.jsonl.store import Directory, StoreFile, with_ceiling
 from sessionstored.engine.jsonl.tables import WrongRow
+from sessionstored.engine.leasing import LeaseBook
+from sessionstored.leases import Lease
 from sessionstored.rules import Limits, Refusal
 
 T = TypeVar("T")
@@ -71,6 +73,7 @@ class Vault:
         """(file name, 0 or the revision under which it goes to quarantine)"""
         self._reserved: set[str] = set()
         self.windows = Windows(journal, limits, self.clock_s, hot_sessions_max)
+        self.leases = LeaseBook()
         self._clock_base_s = -time.clock_gettime(time.CLOCK_BOOTTIME)
         self._reader: Reader = journal.reader()
         self._reader_lock = threading.Lock()
@@ -335,10 +338,12 @@ class Vault:
 
     # Changes, for the committer's thread.
 
-    def commit_row(self, row: Row, clock_s: float, entries: Iterable[Entry]) -> None:
+    def commit_row(
+        self, row: Row, clock_s: float, entries: Iterable[Entry], leases: Mapping[str, Lease | None]
+    ) -> None:
         """Commit one group."""
         body = row.body()
-        self.journal.append(self.row_id + 1, row.last_revision, clock_s, body, entries)
+        self.journal.append(self.row_id + 1, row.last_revision, clock_s, body, entries, leases)
         self.row_id += 1
         self.backlog_bytes += len(body)
 
