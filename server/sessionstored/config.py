@@ -214,6 +214,20 @@ class Config:
     window_age_s_max: int = _setting(
         24 * 3600, "How long answers are kept after a client's last contact.", unit="s"
     )
+    lease_ttl_s_min: float = _setting(1.0, "Shortest ttl of a lease.", unit="s", minimum=0.1, maximum=3600)
+    lease_ttl_s_max: float = _setting(
+        3600.0, "Longest ttl of a lease.", unit="s", minimum=1, maximum=24 * 3600
+    )
+    leases_max: int = _setting(100_000, "Leases in force; more are refused with OVERLOADED.", unit="leases")
+    lease_waiters_max: int = _setting(
+        1024,
+        "Calls that wait for leases; more are refused with OVERLOADED. At most half of concurrent_calls_max "
+        "wait, and the appends among them hold at most a quarter of concurrent_bytes_max.",
+        unit="calls",
+    )
+    lease_waiters_per_session_max: int = _setting(
+        256, "Calls among these that wait for the lease of one session.", unit="calls"
+    )
     log_level: str = _setting(
         "info", "How much is logged to stderr.", choices=("debug", "info", "warning", "error")
     )
@@ -231,6 +245,8 @@ class Config:
             metadata_bytes_max=self.metadata_bytes_max,
             page_size_max=self.page_size_max,
             request_id_bytes_max=self.request_id_bytes_max,
+            lease_ttl_s_min=self.lease_ttl_s_min,
+            lease_ttl_s_max=self.lease_ttl_s_max,
             messages=messages,
         )
 
@@ -242,6 +258,7 @@ class Config:
             window_bytes_max=self.window_bytes_max,
             window_request_ids_max=self.window_request_ids_max,
             window_age_max_s=self.window_age_s_max,
+            leases_max=self.leases_max,
         )
 
 

@@ -2,17 +2,38 @@
 
 from collections.abc import Sequence
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from sessionstore.v1 import session_pb2
 from sessionstore.v1 import session_store_pb2 as v1
 
 from sessionstored.engine import BackupDamage, BackupHeader, BackupItem, BackupPart, Reply, Scrub
+from sessionstored.leases import Lease
 from sessionstored.rules import Answer, Head
 
 
 def timestamp(us: int) -> Timestamp:
     """A time given in microseconds since the epoch."""
     return Timestamp(seconds=us // 1_000_000, nanos=us % 1_000_000 * 1000)
+
+
+def duration(seconds: float) -> Duration:
+    """A time span given in seconds."""
+    nanos = round(seconds * 1e9)
+    return Duration(seconds=nanos // 10**9, nanos=nanos % 10**9)
+
+
+def lease(held: Lease, clock_s: float) -> v1.Lease:
+    """A lease, as it is at this moment of the store's clock."""
+    return v1.Lease(
+        key=held.key,
+        holder=held.holder,
+        fencing_token=held.token,
+        mode=v1.LEASE_MODE_APPENDS_ALLOWED if held.appends_allowed else v1.LEASE_MODE_EXCLUSIVE,
+        ttl=duration(held.ttl_s),
+        remaining=duration(held.remaining_s(clock_s)),
+        acquire_time=timestamp(held.acquire_time_us),
+    )
 
 
 def session(head: Head) -> session_pb2.Session:

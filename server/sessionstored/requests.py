@@ -5,7 +5,7 @@ Nothing here knows any session's state, so what passes may still be refused by t
 does no I/O.
 
 Checked in this order: key, expected_revision, messages, metadata, the other arguments, call identity,
-request_id.
+request_id, fencing_token.
 """
 
 import re
@@ -48,6 +48,8 @@ class Bounds:
     metadata_bytes_max: int = 256 * 1024
     page_size_max: int = 1000
     request_id_bytes_max: int = 256
+    lease_ttl_s_min: float = 1.0
+    lease_ttl_s_max: float = 3600.0
     messages: codec.Limits = field(default_factory=codec.Limits)
 
 
@@ -72,7 +74,7 @@ def to_request(message: MutationRequest, bounds: Bounds, deadline_s: float | Non
 
     """
     mutation = _CONVERTERS[type(message)](message, bounds)
-    call = _call(message.call) if message.HasField("call") else None
+    call = check_call(message.call) if message.HasField("call") else None
     size = len(message.request_id.encode())
     if size > bounds.request_id_bytes_max:
         refuse(
@@ -81,8 +83,9 @@ def to_request(message: MutationRequest, bounds: Bounds, deadline_s: float | Non
             size_bytes=size,
             limit_bytes=bounds.request_id_bytes_max,
         )
-    digest = _digest(message) if call or message.request_id else b""
-    return Request(mutation, call, message.request_id, digest, deadline_s)
+    digest = digest_of(message) if call or message.request_id else b""
+    token = check_token(message.fencing_token)
+    return Request(mutation, call, message.request_id, digest, deadline_s, fencing_token=token)
 
 
 # arguments --------------------------------------------------------------------------------------------------
@@ -129,6 +132,18 @@ def check_revision(value: int, field: str) -> int:
             detail=f"{value} is negative",
         )
     return value
+
+
+def check_token(token: int) -> int:
+    """Give a fencing token, or 0 for none. Raises Refused: ARGUMENT_INVALID."""
+    if token < 0:
+        refuse(
+            "ARGUMENT_INVALID",
+            f"fencing_token is {token}; it is that of a lease, or 0",
+            field="fencing_token",
+            detail=f"{token} is negative",
+        )
+    return token
 
 
 def timestamp_us(stamp: Timestamp, field: str) -> int:
@@ -182,7 +197,8 @@ def _depth_only(bounds: Bounds) -> codec.Limits:
 # call identity ----------------------------------------------------------------------------------------------
 
 
-def _call(call: session_pb2.CallIdentity) -> Call:
+def check_call(call: session_pb2.CallIdentity) -> Call:
+    """Give a call identity. Raises Refused: CALL_INVALID."""
     size = len(call.client_id.encode())
     if not 1 <= size <= CLIENT_ID_BYTES_MAX:
         _call_invalid("client_id", f"it has {size} bytes; 1 to {CLIENT_ID_BYTES_MAX} are allowed")
@@ -206,7 +222,7 @@ def _call_invalid(name: str, detail: str) -> NoReturn:
     refuse("CALL_INVALID", f"call.{name} is malformed: {detail}", field=f"call.{name}", detail=detail)
 
 
-def _digest(message: MutationRequest) -> bytes:
+def digest_of(message: MutationRequest | session_store_pb2.AcquireLeaseRequest) -> bytes:
     """Tell a repeated call from another one under the same name: all counts but the call identity."""
     message.ClearField("call")
     digest = blake2b(message.DESCRIPTOR.name.encode() + b"\0", digest_size=8)

@@ -26,6 +26,7 @@ from sessionstored.calls import Calls
 from sessionstored.config import Config
 from sessionstored.engine import Engine, StartError
 from sessionstored.engine.open import open_engine
+from sessionstored.lease_queue import LeaseQueue
 from sessionstored.service import LARGE_REPLIES, SERVICE, SessionStoreServicer
 
 EXIT_OK = 0
@@ -181,8 +182,15 @@ class _Daemon:
             options=_options(config),
             maximum_concurrent_rpcs=config.concurrent_calls_max,
         )
+        self._leases = LeaseQueue(
+            engine,
+            waiters_max=min(config.lease_waiters_max, max(1, config.concurrent_calls_max // 2)),
+            waiters_per_key_max=config.lease_waiters_per_session_max,
+            bytes_max=config.concurrent_bytes_max // 4,
+        )
         servicer = SessionStoreServicer(
             engine,
+            self._leases,
             config.bounds(),
             config.limits(),
             version=version("sessionstore"),
@@ -229,6 +237,7 @@ class _Daemon:
             return EXIT_OK
         _log.critical("storage failed, ending: %s", failing.exception() or failing.result())
         await self._health.enter_graceful_shutdown()
+        self._leases.stop()
         await self._calls.drain(_FAILURE_ANSWERED_S_MAX)  # or gRPC would cancel them, and they would not know
         await self._server.stop(_STREAMS_GRACE_S)
         return EXIT_STORAGE_FAILED
@@ -241,6 +250,7 @@ class _Daemon:
     async def _stop(self) -> None:
         """Refuse new calls, wait for those under way, end streams, and make everything durable."""
         await self._health.enter_graceful_shutdown()
+        self._leases.stop()
         left = await self._calls.drain(self._config.drain_s_max)
         if left:
             _log.warning("%d calls were still under way after %g s", left, self._config.drain_s_max)

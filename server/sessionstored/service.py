@@ -5,7 +5,6 @@ decides anything about a session, and nothing here waits for anything but the en
 """
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -17,7 +16,10 @@ from sessionstore.v1 import session_store_pb2 as v1
 from sessionstore.v1 import session_store_pb2_grpc
 
 from sessionstored import replies
-from sessionstored.engine import Engine, Refused, Reply
+from sessionstored.engine import Engine, Reply
+from sessionstored.lease_queue import LeaseQueue
+from sessionstored.lease_requests import wait_s
+from sessionstored.lease_service import LeaseHandlers, deadline_s, patience_s, refuse_if_refused
 from sessionstored.paging import Listing
 from sessionstored.reads import REPLY_BYTES_MAX, Range, Tail
 from sessionstored.requests import Bounds, MutationRequest, to_request
@@ -33,14 +35,22 @@ LARGE_REPLIES = ("GetSession", "GetHistory", "ListSessions")
 _CHECKED_ASIDE_BYTES_MIN = 64 * 1024
 
 
-class SessionStoreServicer(session_store_pb2_grpc.SessionStoreServicer):
+class SessionStoreServicer(LeaseHandlers, session_store_pb2_grpc.SessionStoreServicer):
     """The service over one engine."""
 
     def __init__(
-        self, engine: Engine, bounds: Bounds, limits: Limits, *, version: str, start_time_us: int
+        self,
+        engine: Engine,
+        leases: LeaseQueue,
+        bounds: Bounds,
+        limits: Limits,
+        *,
+        version: str,
+        start_time_us: int,
     ) -> None:
-        """Serve an engine; `bounds` and `limits` are those in force."""
+        """Serve an engine, whose leases are waited for in `leases`; `bounds` and `limits` are in force."""
         self._engine = engine
+        self._leases = leases
         self._bounds = bounds
         self._limits = limits
         self._version = version
@@ -74,7 +84,8 @@ class SessionStoreServicer(session_store_pb2_grpc.SessionStoreServicer):
         self, request: v1.AppendMessagesRequest, context: Context
     ) -> v1.AppendMessagesResponse:
         """Add messages at the end."""
-        reply, answer = await self._write(request, context)
+        wait = wait_s(request.lease_wait, "lease_wait")
+        reply, answer = await self._write(request, context, patience_s(wait, context))
         return v1.AppendMessagesResponse(
             result=replies.result(answer, reply), first_index=answer.first_index
         )
@@ -116,16 +127,20 @@ class SessionStoreServicer(session_store_pb2_grpc.SessionStoreServicer):
         reply, answer = await self._write(request, context)
         return v1.DeleteSessionResponse(result=replies.result(answer, reply))
 
-    async def _write(self, message: MutationRequest, context: Context) -> tuple[Reply, Answer]:
-        remaining_s = context.time_remaining()
-        deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
+    async def _write(
+        self, message: MutationRequest, context: Context, lease_wait_s: float = 0.0
+    ) -> tuple[Reply, Answer]:
+        until_s = deadline_s(context)
         if message.ByteSize() < _CHECKED_ASIDE_BYTES_MIN:
-            request = to_request(message, self._bounds, deadline_s)
+            request = to_request(message, self._bounds, until_s)
         else:
-            request = await asyncio.to_thread(to_request, message, self._bounds, deadline_s)
-        (reply,) = await self._engine.submit([request])
-        if not isinstance(reply.outcome, Answer):
-            raise Refused(reply.outcome)
+            request = await asyncio.to_thread(to_request, message, self._bounds, until_s)
+        if lease_wait_s and not request.fencing_token:
+            reply = await self._leases.submit(request, lease_wait_s)
+        else:
+            (reply,) = await self._engine.submit([request])
+        refuse_if_refused(reply)
+        assert isinstance(reply.outcome, Answer)
         return reply, reply.outcome
 
     # Reads.
@@ -205,4 +220,6 @@ class SessionStoreServicer(session_store_pb2_grpc.SessionStoreServicer):
             window_bytes_max=limits.window_bytes_max,
             window_request_ids_max=limits.window_request_ids_max,
             window_age_max=Duration(seconds=limits.window_age_max_s),
+            lease_ttl_min=replies.duration(bounds.lease_ttl_s_min),
+            lease_ttl_max=replies.duration(bounds.lease_ttl_s_max),
         )
