@@ -27,12 +27,16 @@ Unary = Callable[[Message, Context], Awaitable[Message]]
 Stream = Callable[[Message, Context], AsyncGenerator[Message, None]]
 RawUnary = Callable[[object, Context], Awaitable[Message]]
 RawStream = Callable[[object, Context], AsyncIterator[Message]]
+Duplex = Callable[[AsyncIterator[Message], Context], AsyncGenerator[Message, None]]
+RawDuplex = Callable[[object, Context], Awaitable[None]]
 Reader = Callable[[bytes], Message]
 
 # gRPC cancels the calls that reach a server while it stops; these wait for their number to go down.
 _QUIET_S = 0.05
 _QUIET_S_MAX = 0.5
 _SMALL_BYTES_MAX = 64 * 1024
+STALL_S_MAX = 60.0
+"""A stream without an end whose reader takes no reply for so long is cut off."""
 
 _log = logging.getLogger(__name__)
 
@@ -118,6 +122,11 @@ class Calls(grpc.aio.ServerInterceptor):
         Only then is the message read here, and one that takes too long can be refused: what gRPC itself
         reads goes on arriving when its task is cancelled, and the caller hears nothing.
         """
+        if handler.stream_stream is not None:
+            return grpc.stream_stream_rpc_method_handler(
+                self._duplex(method, cast(Duplex, handler.stream_stream), _reader(handler)),
+                response_serializer=handler.response_serializer,
+            )
         if handler.unary_unary is not None and method not in self._large_replies:
             return grpc.stream_unary_rpc_method_handler(
                 self._unary(method, cast(Unary, handler.unary_unary), _reader(handler)),
@@ -169,6 +178,31 @@ class Calls(grpc.aio.ServerInterceptor):
                     return
                 refusal = _refusal(error, method)
             del request, reply  # see _abort
+            await _abort(context, refusal)
+
+        return guarded
+
+    def _duplex(self, method: str, behaviour: Duplex, read: Reader) -> RawDuplex:
+        """A call without an end: it is not under way, so the drain does not wait for it.
+
+        Whoever ends such calls at the drain is their behaviour's business.
+        """
+
+        async def guarded(_: object, context: Context) -> None:
+            reply: Message | None = None
+            try:
+                self._check_draining()
+                first = read(await self._arrived(context))
+                self._check_draining()
+                async with aclosing(behaviour(_requests(first, read, context), context)) as replies:
+                    async for reply in replies:
+                        await _written(context, reply)
+                return
+            except Exception as error:
+                if context.done():  # the caller went away
+                    return
+                refusal = _refusal(error, method)
+            del reply  # see _abort
             await _abort(context, refusal)
 
         return guarded
@@ -251,6 +285,23 @@ def _reader(handler: "Handler") -> Reader:
             ) from error
 
     return read
+
+
+async def _requests(first: Message, read: Reader, context: Context) -> AsyncIterator[Message]:
+    """The requests of a call, until the caller has no more."""
+    yield first
+    del first
+    while isinstance(request := cast(object, await context.read()), bytes):
+        yield read(request)
+
+
+async def _written(context: Context, reply: Message) -> None:
+    """Send a reply. A caller who takes nothing for too long is cut off: what waits for it takes room."""
+    try:
+        async with asyncio.timeout(STALL_S_MAX):
+            await context.write(reply)
+    except TimeoutError:
+        raise asyncio.CancelledError from None
 
 
 def _one_reply(behaviour: Unary) -> Stream:

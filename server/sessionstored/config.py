@@ -19,6 +19,7 @@ from typing import Any, get_origin, get_type_hints
 import platformdirs
 from sessionstore import codec
 
+from sessionstored.engine.feed import FeedLimits
 from sessionstored.requests import Bounds
 from sessionstored.rules import Limits
 
@@ -228,6 +229,31 @@ class Config:
     lease_waiters_per_session_max: int = _setting(
         256, "Calls among these that wait for the lease of one session.", unit="calls"
     )
+    watchers_max: int = _setting(4096, "Watch streams that are open at a time.", unit="watchers")
+    watch_keys_max: int = _setting(10_000, "Keys that one Watch stream names.", unit="keys")
+    watched_keys_max: int = _setting(1_000_000, "Keys that all Watch streams name together.", unit="keys")
+    watcher_bytes_max: int = _setting(
+        8 << 20,
+        "Events that wait for one slow watcher; beyond it is ended with WATCHER_TOO_SLOW, and resumes.",
+        unit="bytes",
+        maximum=1 << 40,
+    )
+    watching_bytes_max: int = _setting(
+        256 << 20,
+        "Events that wait for all watchers together; beyond it the slowest is ended.",
+        unit="bytes",
+        maximum=1 << 40,
+    )
+    feed_age_s_max: float = _setting(
+        600.0, "How long a change can be watched from a cursor.", unit="s", minimum=0, maximum=30 * 86_400
+    )
+    feed_bytes_max: int = _setting(
+        64 << 20,
+        "Bytes of changes that can be watched from a cursor; the oldest go first.",
+        unit="bytes",
+        minimum=0,
+        maximum=1 << 40,
+    )
     log_level: str = _setting(
         "info", "How much is logged to stderr.", choices=("debug", "info", "warning", "error")
     )
@@ -247,6 +273,7 @@ class Config:
             request_id_bytes_max=self.request_id_bytes_max,
             lease_ttl_s_min=self.lease_ttl_s_min,
             lease_ttl_s_max=self.lease_ttl_s_max,
+            watch_keys_max=self.watch_keys_max,
             messages=messages,
         )
 
@@ -259,6 +286,17 @@ class Config:
             window_request_ids_max=self.window_request_ids_max,
             window_age_max_s=self.window_age_s_max,
             leases_max=self.leases_max,
+        )
+
+    def feed_limits(self) -> FeedLimits:
+        """The limits of the feed and its watchers."""
+        return FeedLimits(
+            age_s_max=self.feed_age_s_max,
+            bytes_max=self.feed_bytes_max,
+            watcher_bytes_max=self.watcher_bytes_max,
+            watching_bytes_max=self.watching_bytes_max,
+            watchers_max=self.watchers_max,
+            watched_keys_max=self.watched_keys_max,
         )
 
 

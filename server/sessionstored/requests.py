@@ -50,6 +50,7 @@ class Bounds:
     request_id_bytes_max: int = 256
     lease_ttl_s_min: float = 1.0
     lease_ttl_s_max: float = 3600.0
+    watch_keys_max: int = 10_000
     messages: codec.Limits = field(default_factory=codec.Limits)
 
 

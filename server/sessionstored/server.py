@@ -27,6 +27,7 @@ from sessionstored.config import Config
 from sessionstored.engine import Engine, StartError
 from sessionstored.engine.open import open_engine
 from sessionstored.lease_queue import LeaseQueue
+from sessionstored.rules import Refusal
 from sessionstored.service import LARGE_REPLIES, SERVICE, SessionStoreServicer
 
 EXIT_OK = 0
@@ -55,6 +56,8 @@ _ARRIVAL_S_MAX = 5.0
 _LOOKAHEAD_BYTES = 128 << 10
 # How long a stop waits for a store that is still being opened.
 _OPENING_S_MAX = 2.0
+
+_STOPPING = Refusal("SHUTTING_DOWN", "the daemon is stopping; watch again from your last cursor")
 
 _log = logging.getLogger(__name__)
 
@@ -180,7 +183,7 @@ class _Daemon:
         self._server = grpc.aio.server(
             interceptors=[self._calls],
             options=_options(config),
-            maximum_concurrent_rpcs=config.concurrent_calls_max,
+            maximum_concurrent_rpcs=config.concurrent_calls_max + config.watchers_max,
         )
         self._leases = LeaseQueue(
             engine,
@@ -193,6 +196,7 @@ class _Daemon:
             self._leases,
             config.bounds(),
             config.limits(),
+            config.feed_limits(),
             version=version("sessionstore"),
             start_time_us=time.time_ns() // 1000,
         )
@@ -238,6 +242,7 @@ class _Daemon:
         _log.critical("storage failed, ending: %s", failing.exception() or failing.result())
         await self._health.enter_graceful_shutdown()
         self._leases.stop()
+        self._engine.end_watches(_STOPPING)
         await self._calls.drain(_FAILURE_ANSWERED_S_MAX)  # or gRPC would cancel them, and they would not know
         await self._server.stop(_STREAMS_GRACE_S)
         return EXIT_STORAGE_FAILED
@@ -251,6 +256,8 @@ class _Daemon:
         """Refuse new calls, wait for those under way, end streams, and make everything durable."""
         await self._health.enter_graceful_shutdown()
         self._leases.stop()
+        self._calls.draining = True
+        self._engine.end_watches(_STOPPING)
         left = await self._calls.drain(self._config.drain_s_max)
         if left:
             _log.warning("%d calls were still under way after %g s", left, self._config.drain_s_max)

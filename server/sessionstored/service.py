@@ -17,6 +17,7 @@ from sessionstore.v1 import session_store_pb2_grpc
 
 from sessionstored import replies
 from sessionstored.engine import Engine, Reply
+from sessionstored.engine.feed import DEFAULT_FEED_LIMITS, FeedLimits
 from sessionstored.lease_queue import LeaseQueue
 from sessionstored.lease_requests import wait_s
 from sessionstored.lease_service import LeaseHandlers, deadline_s, patience_s, refuse_if_refused
@@ -24,6 +25,7 @@ from sessionstored.paging import Listing
 from sessionstored.reads import REPLY_BYTES_MAX, Range, Tail
 from sessionstored.requests import Bounds, MutationRequest, to_request
 from sessionstored.rules import Answer, Limits
+from sessionstored.watching import watch
 from sessionstored.window import Window
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -44,6 +46,7 @@ class SessionStoreServicer(LeaseHandlers, session_store_pb2_grpc.SessionStoreSer
         leases: LeaseQueue,
         bounds: Bounds,
         limits: Limits,
+        feed_limits: FeedLimits = DEFAULT_FEED_LIMITS,
         *,
         version: str,
         start_time_us: int,
@@ -53,6 +56,7 @@ class SessionStoreServicer(LeaseHandlers, session_store_pb2_grpc.SessionStoreSer
         self._leases = leases
         self._bounds = bounds
         self._limits = limits
+        self._feed_limits = feed_limits
         self._version = version
         self._start_time_us = start_time_us
 
@@ -150,8 +154,10 @@ class SessionStoreServicer(LeaseHandlers, session_store_pb2_grpc.SessionStoreSer
     ) -> v1.GetSessionResponse:
         """Read a head and messages."""
         tail = Tail.of(request, self._bounds)
+        cursor = self._engine.cursor()  # before the read: a watch from here misses nothing
         taken = await self._engine.read(request.key, tail.select, REPLY_BYTES_MAX)
         return v1.GetSessionResponse(
+            cursor=cursor,
             session=replies.session(taken.head),
             start=taken.start,
             messages=codec.join(taken.lines),
@@ -189,9 +195,20 @@ class SessionStoreServicer(LeaseHandlers, session_store_pb2_grpc.SessionStoreSer
     ) -> v1.ListSessionsResponse:
         """Give a page of heads."""
         listing = Listing.of(request, self._engine.store_id, self._bounds)
+        cursor = self._engine.cursor()
         page = await self._engine.list(listing.query)
         sessions, token = listing.page(page)
-        return v1.ListSessionsResponse(sessions=sessions, next_page_token=token)
+        return v1.ListSessionsResponse(sessions=sessions, next_page_token=token, cursor=cursor)
+
+    # Watching.
+
+    async def Watch(
+        self, request_iterator: AsyncIterator[v1.WatchRequest], context: Context
+    ) -> AsyncIterator[v1.WatchResponse]:
+        """Stream what changes."""
+        async with aclosing(watch(self._engine, request_iterator, self._bounds)) as made:
+            async for response in made:
+                yield response
 
     # The whole store.
 
@@ -206,7 +223,7 @@ class SessionStoreServicer(LeaseHandlers, session_store_pb2_grpc.SessionStoreSer
         yield made.summary()
 
     def _limits_message(self) -> v1.Limits:
-        bounds, limits = self._bounds, self._limits
+        bounds, limits, feed = self._bounds, self._limits, self._feed_limits
         return v1.Limits(
             key_bytes_max=bounds.key_bytes_max,
             message_bytes_max=bounds.messages.message_bytes_max,
@@ -222,4 +239,12 @@ class SessionStoreServicer(LeaseHandlers, session_store_pb2_grpc.SessionStoreSer
             window_age_max=Duration(seconds=limits.window_age_max_s),
             lease_ttl_min=replies.duration(bounds.lease_ttl_s_min),
             lease_ttl_max=replies.duration(bounds.lease_ttl_s_max),
+            watchers_max=feed.watchers_max,
+            watch_keys_max=bounds.watch_keys_max,
+            feed_age_max=_duration(feed.age_s_max),
+            feed_bytes_max=feed.bytes_max,
         )
+
+
+def _duration(seconds: float) -> Duration:
+    return Duration(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))

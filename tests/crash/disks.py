@@ -217,6 +217,10 @@ def know_files_by_name(data: Path) -> None:
                 catalogue.put(entry)
 
 
+PASSED = "(SELECT value FROM meta WHERE name = 'checkpoint_row')"
+"""In SQL, the last row of the journal that recovery does not need."""
+
+
 @contextmanager
 def journal_of(data: Path) -> Iterator[apsw.Connection]:
     """The journal of a directory that nobody serves, to look into or to change, with right page checksums.

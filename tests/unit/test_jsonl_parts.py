@@ -17,9 +17,11 @@ from sessionstored.engine.jsonl.names import (
     temporary_name,
 )
 from sessionstored.engine.jsonl.records import (
+    AdoptRecord,
     CallRecord,
     DamagedRow,
     DeleteRecord,
+    Record,
     RequestRecord,
     Row,
     SessionRecord,
@@ -218,18 +220,33 @@ outcomes = st.one_of(
 remembered = st.builds(Remembered, st.binary(max_size=16), outcomes)
 records = st.one_of(
     st.builds(
-        SessionRecord, heads, numbers, numbers, st.lists(encoded), st.sampled_from(["", "f.jsonl"])
+        SessionRecord,
+        heads,
+        numbers,
+        numbers,
+        st.lists(encoded),
+        st.sampled_from(["", "f.jsonl"]),
+        numbers,
+        st.sampled_from(["", "source"]),
     ),
     st.builds(
-        DeleteRecord, keys, numbers, texts, st.lists(st.tuples(numbers, numbers)).map(tuple), st.booleans()
+        DeleteRecord,
+        keys,
+        numbers,
+        texts,
+        st.lists(st.tuples(numbers, numbers)).map(tuple),
+        st.booleans(),
+        numbers,
+        st.booleans(),
     ),
+    st.builds(AdoptRecord, keys, numbers, numbers),
     st.builds(CallRecord, texts, numbers, numbers, remembered),
     st.builds(RequestRecord, keys, texts, remembered),
 )
 
 
 @given(st.lists(records, max_size=5))
-def test_records_come_back(some: list[SessionRecord | DeleteRecord | CallRecord | RequestRecord]) -> None:
+def test_records_come_back(some: list[Record]) -> None:
     row = Row()
     for record in some:
         match record:
@@ -237,9 +254,14 @@ def test_records_come_back(some: list[SessionRecord | DeleteRecord | CallRecord 
                 extra = {"metadata": record.head.metadata.decode()}
                 if record.file:
                     extra["file"] = record.file
-                row.change(record.head, record.start, record.delete_count, record.lines, extra)
+                if record.source_key:
+                    extra["source"] = record.source_key
+                previous = record.previous_revision
+                row.change(record.head, previous, record.start, record.delete_count, record.lines, extra)
             case DeleteRecord():
                 row.delete(record)
+            case AdoptRecord():
+                row.adopted(record)
             case CallRecord():
                 row.call(record)
             case RequestRecord():

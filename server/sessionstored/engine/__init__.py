@@ -7,11 +7,12 @@ Engines never import grpc: they raise `Refused`, and the service turns that into
 Engines are chosen by name; `engine.open` knows them.
 """
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from sessionstored.engine.events import Batch
 from sessionstored.leases import AnyOutcome, Lease, LeaseOperation
 from sessionstored.rules import Head, Mutation, Refusal
 from sessionstored.windows import Call
@@ -167,6 +168,44 @@ class BackupDamage:
 BackupItem = BackupHeader | BackupPart | BackupDamage
 
 
+class Watch(Protocol):
+    """One watch. For the event loop; whoever began it closes it."""
+
+    @property
+    def cursor(self) -> bytes:
+        """Where a watch of the same sessions goes on behind what was given."""
+        ...
+
+    def batches(self, idle_s: float) -> AsyncGenerator[Batch, None]:
+        """What there is, as it comes; after `idle_s` without an event a batch without one, for its cursor.
+
+        Raises:
+            Refused: WATCHER_TOO_SLOW, CURSOR_EXPIRED, SHUTTING_DOWN, and what a read may be refused with.
+
+        """
+        ...
+
+    def add(self, keys: Collection[str], cursor: bytes) -> None:
+        """Watch more sessions. Raises Refused: CURSOR_INVALID; OVERLOADED, too many are watched."""
+        ...
+
+    def remove(self, keys: Collection[str]) -> None:
+        """Watch these no longer."""
+        ...
+
+    def count_with(self, added: Collection[str], removed: Collection[str]) -> int:
+        """How many keys it would name after a change."""
+        ...
+
+    def end(self, refusal: Refusal) -> None:
+        """End it: whoever reads its batches gets this refusal."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it."""
+        ...
+
+
 class Engine(Protocol):
     """A store of sessions."""
 
@@ -219,6 +258,32 @@ class Engine(Protocol):
 
     async def count(self) -> int:
         """How many sessions there are."""
+        ...
+
+    def cursor(self) -> bytes:
+        """Where a watch goes on that misses nothing of what a read from now on does not show. Opaque."""
+        ...
+
+    def watch(self, prefix: str | None, keys: Collection[str], cursor: bytes) -> Watch:
+        """Begin to watch sessions.
+
+        Per session, events come in order and without a gap, and applying them gives the session at their
+        revision; what is given whole may skip revisions. An event whose revision is not above what its
+        reader has is one that it has. Nothing is said of the order across sessions.
+
+        Args:
+            prefix: what the keys of the sessions begin with; None watches `keys` only.
+            keys: sessions, whether they exist or not.
+            cursor: where to go on; empty: from now on.
+
+        Raises:
+            Refused: CURSOR_INVALID; OVERLOADED, too many watch, or too many keys; SHUTTING_DOWN.
+
+        """
+        ...
+
+    def end_watches(self, refusal: Refusal) -> None:
+        """End every watch, and refuse those that come later."""
         ...
 
     def scrubbed(self) -> Scrub | None:

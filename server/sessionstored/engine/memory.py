@@ -8,11 +8,15 @@ locks.
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 
 from sessionstored.engine import BackupItem, Order, Page, Query, Refused, Reply, Request, Slice
+from sessionstored.engine.events import Deleted, Event, changed
+from sessionstored.engine.feed import DEFAULT_FEED_LIMITS, Feed, FeedLimits, Old, expired
 from sessionstored.engine.leasing import LeaseBook
 from sessionstored.engine.settle import expired_in_queue, settle
+from sessionstored.engine.watcher import Watcher
 from sessionstored.leases import Lease, LeaseEvent
 from sessionstored.rules import DEFAULT_LIMITS, Change, Fork, Head, Limits, Refusal, not_found
 from sessionstored.windows import CallWindow, Remembered
@@ -28,6 +32,7 @@ class MemoryEngine:
         self,
         limits: Limits = DEFAULT_LIMITS,
         *,
+        feed_limits: FeedLimits = DEFAULT_FEED_LIMITS,
         wall_ns: Callable[[], int] = time.time_ns,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -35,6 +40,7 @@ class MemoryEngine:
 
         Args:
             limits: the bounds in force.
+            feed_limits: those of the feed.
             wall_ns: the clock that dates sessions, nanoseconds since the epoch; it may jump.
             clock_s: the clock that ages windows, in seconds; it never jumps.
 
@@ -51,6 +57,10 @@ class MemoryEngine:
         self._leases = LeaseBook()
         self._revision = 0
         self._closed = False
+        self.feed = Feed(self.store_id, 0, self, feed_limits)
+        self._kept: deque[tuple[float, Event, int]] = deque()
+        """(time, event, size) of what can be replayed; one position each, the last is the feed's."""
+        self._kept_bytes = 0
 
     async def submit(self, requests: Sequence[Request]) -> list[Reply]:
         """Decide and apply requests in order."""
@@ -77,14 +87,31 @@ class MemoryEngine:
 
     def _store(self, request: Request, change: Change) -> None:
         key = request.mutation.key
+        before = self._heads.get(key)
+        previous = before.revision if before else 0
         if change.head is None:
             del self._heads[key], self._lines[key]
+            self._publish(Event(key, self._revision, previous, Deleted()))
             return
         self._heads[key] = change.head
         lines = self._lines.setdefault(key, [])
         lines[change.start : change.start + change.delete_count] = change.messages
+        source_key = ""
         if isinstance(request.mutation, Fork):
-            lines[:] = self._lines[request.mutation.source_key][: change.head.message_count]
+            source_key = request.mutation.source_key
+            lines[:] = self._lines[source_key][: change.head.message_count]
+        self._publish(changed(change.head, previous, change, source_key))
+
+    def _publish(self, event: Event) -> None:
+        """Keep an event for those who come later, drop what is too old or too much, and tell watchers."""
+        limits, now = self.feed.limits, self._clock_s()
+        self._kept.append((now, event, event.size))
+        self._kept_bytes += event.size
+        while self._kept and (
+            self._kept[0][0] < now - limits.age_s_max or self._kept_bytes > limits.bytes_max
+        ):
+            self._kept_bytes -= self._kept.popleft()[2]
+        self.feed.publish(self.feed.position + 1, [event])
 
     def _forget(self) -> None:
         """Drop what is too old: windows of silent clients, and request_ids, those of deleted sessions too."""
@@ -198,6 +225,36 @@ class MemoryEngine:
                 and position(head.update_time_us, head.key) != after
             ]
         return Page(heads[: query.page_size], len(heads) > query.page_size)
+
+    # Watching.
+
+    def cursor(self) -> bytes:
+        """Where a watch goes on."""
+        return self.feed.cursor()
+
+    def watch(self, prefix: str | None, keys: Collection[str], cursor: bytes) -> Watcher:
+        """Begin to watch."""
+        return self.feed.watch(prefix, keys, cursor)
+
+    def end_watches(self, refusal: Refusal) -> None:
+        """End every watch."""
+        self.feed.close(refusal)
+
+    async def replay(self, after: int, through: int, concerns: Callable[[str], bool], bytes_max: int) -> Old:
+        """The kept events of some positions."""
+        first = self.feed.position - len(self._kept) + 1
+        if after + 1 < first:
+            raise Refused(expired())
+        events: list[Event] = []
+        size = 0
+        for position in range(after + 1, through + 1):
+            _, event, event_size = self._kept[position - first]
+            if concerns(event.key):
+                events.append(event)
+                size += event_size
+                if size >= bytes_max:
+                    return Old(events, position)
+        return Old(events, through)
 
     async def count(self) -> int:
         """How many sessions there are."""

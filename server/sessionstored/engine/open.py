@@ -26,7 +26,7 @@ async def open_engine(config: Config, *, accept_loss: bool = False) -> Engine:
         case "memory":
             from sessionstored.engine.memory import MemoryEngine
 
-            return MemoryEngine(config.limits())
+            return MemoryEngine(config.limits(), feed_limits=config.feed_limits())
     raise StartError(f"--store {config.store}: there is no such engine; there are jsonl and memory")
 
 
@@ -45,6 +45,7 @@ async def _open_jsonl(config: Config, accept_loss: bool) -> Engine:
         checkpoint_interval_s=config.checkpoint_s_max,
         scrub_bytes_per_s_max=config.scrub_bytes_per_s_max,
         scrub_interval_s=config.scrub_interval_s_min,
+        feed=config.feed_limits(),
     )
     return await open_jsonl(
         Path(config.data),

@@ -7,7 +7,7 @@ reads warm sessions on the loop and cold ones on a few threads, and owns start a
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +17,9 @@ from typing import TypeVar
 import apsw
 
 from sessionstored.engine import BackupItem, Page, Query, Refused, Reply, Request, Scrub, Slice
-from sessionstored.engine.jsonl import pages
+from sessionstored.engine.events import Event
+from sessionstored.engine.feed import DEFAULT_FEED_LIMITS, Feed, FeedLimits, Old, expired
+from sessionstored.engine.jsonl import feeding, pages
 from sessionstored.engine.jsonl.backing_up import Backups
 from sessionstored.engine.jsonl.committer import NEEDS_NO_ROOM, STOPPING, UNKNOWN, Committer, Job, StaleFork
 from sessionstored.engine.jsonl.damage import confirm
@@ -31,6 +33,7 @@ from sessionstored.engine.jsonl.opening import open_vault, start_error
 from sessionstored.engine.jsonl.scrubber import Scrubber
 from sessionstored.engine.jsonl.state import State, journal_damaged
 from sessionstored.engine.jsonl.store import Directory
+from sessionstored.engine.watcher import Watcher
 from sessionstored.leases import Lease
 from sessionstored.rules import (
     DEFAULT_LIMITS,
@@ -48,6 +51,8 @@ from sessionstored.rules import (
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 20
+_REPLAY_BYTES = 1 << 20
+"""How many bytes of journal rows are read at a time for a watcher who is behind."""
 _FAILED_S_MAX = 2.0
 """How long calls wait for a commit that does not return, once storage failed elsewhere."""
 T = TypeVar("T")
@@ -76,6 +81,7 @@ class Tuning:
     scrub_bytes_per_s_max: int = 8 << 20
     """How fast session files are compared with their checksums; 0: never."""
     scrub_interval_s: float = 24 * 3600
+    feed: FeedLimits = DEFAULT_FEED_LIMITS
 
 
 DEFAULT_TUNING = Tuning()
@@ -148,6 +154,9 @@ class JsonlEngine:
             self._directory.close()
             raise
         self.store_id = self._vault.store.store_id
+        vault = self._vault
+        self.feed = Feed(f"{self.store_id} {vault.feed_id}", vault.row_id, self, tuning.feed)
+        vault.publish = lambda row_id, events: self._publish(row_id, events)
         self._failed: asyncio.Future[str] = loop.create_future()
         self._committer = Committer(
             self._vault,
@@ -156,7 +165,12 @@ class JsonlEngine:
             reserve_bytes=tuning.reserve_bytes,
             on_fatal=self._on_fatal,
         )
-        self._maintenance = Maintenance(self._vault, self._committer, interval_s=tuning.checkpoint_interval_s)
+        self._maintenance = Maintenance(
+            self._vault,
+            self._committer,
+            interval_s=tuning.checkpoint_interval_s,
+            feed_limits=tuning.feed,
+        )
         self._scrubber = Scrubber(
             self._vault,
             self._committer,
@@ -457,6 +471,35 @@ class JsonlEngine:
         """One page of heads."""
         return await self._read(lambda: page(self._vault, query))
 
+    # Watching.
+
+    def _publish(self, row_id: int, events: Sequence[Event]) -> None:
+        """Tell watchers what a row changed. From the committer's thread, in the rows' order."""
+        self._loop.call_soon_threadsafe(self.feed.publish, row_id, events)
+
+    def cursor(self) -> bytes:
+        """Where a watch goes on."""
+        return self.feed.cursor()
+
+    def watch(self, prefix: str | None, keys: Collection[str], cursor: bytes) -> Watcher:
+        """Begin to watch."""
+        return self.feed.watch(prefix, keys, cursor)
+
+    def end_watches(self, refusal: Refusal) -> None:
+        """End every watch."""
+        self.feed.close(refusal)
+
+    async def replay(self, after: int, through: int, concerns: Callable[[str], bool], bytes_max: int) -> Old:
+        """The events of journal rows, read on a reader's thread."""
+
+        def read() -> Old:
+            kept = self._vault.reading(lambda reader: reader.feed_rows(after, through, _REPLAY_BYTES))
+            if kept is None:
+                raise Refused(expired())
+            return Old(*feeding.events(kept, concerns, bytes_max))
+
+        return await self._read(read)
+
     async def count(self) -> int:
         """How many sessions there are."""
         return self._vault.session_count
@@ -480,6 +523,7 @@ class JsonlEngine:
         if self._closing:
             return
         self._closing = True
+        self.feed.close(STOPPING)
         await self._idle.wait()
         await self._loop.run_in_executor(None, self._close)
 

@@ -315,6 +315,9 @@ class Committer:
             windows = {client: group.windows[client] for client in group.recorded}
             self._vault.windows.publish(windows, group.requests)
             self._vault.leases.update(group.leases)
+            # Within the lock: whoever sees what changed finds that its watchers will be told already.
+            if group.row.parts:
+                self._vault.publish(self._vault.row_id, group.events)
 
     def _publish_draft(self, draft: Draft) -> None:
         """Make a draft the state that readers see."""

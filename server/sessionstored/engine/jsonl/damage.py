@@ -48,7 +48,7 @@ def adopt_again(vault: "Vault", entry: Entry) -> Entry:
             "; ".join(notes),
         )
         vault.files.flush_names()  # perhaps the edit gave the name to another file
-        vault.journal.put_entries([adopted], vault.revision)
+        vault.take_anew([(adopted, entry.head.revision)])
         return adopted
     raise Refused(data_loss(entry.head.key, entry.file, 0, "somebody else keeps changing the file"))
 
@@ -133,7 +133,7 @@ def _journalled(vault: "Vault", state: State) -> bytes:
     floor = known.head.revision if known and known.file == state.file.name else 0
     lines: list[bytes] = []
     named = json.dumps(state.key, ensure_ascii=False).encode()  # as a record spells it
-    for _, _, body, whole in vault.journal.rows():
+    for _, _, body, whole in vault.journal.rows(vault.checkpoint_row):
         for record in read_row(body) if whole and named in body else ():
             if isinstance(record, SessionRecord) and record.head.key == state.key:
                 lines += record.lines if record.head.revision > floor else ()

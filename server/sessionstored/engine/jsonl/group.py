@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sessionstored.engine import Refused, Reply, Request
+from sessionstored.engine.events import Deleted, Event, changed
 from sessionstored.engine.jsonl.answers import StoredRequest
 from sessionstored.engine.jsonl.catalogue import Entry
 from sessionstored.engine.jsonl.files import CHANGED, FileChanged
@@ -20,6 +21,10 @@ from sessionstored.engine.settle import settle
 from sessionstored.leases import Acquire, Lease, LeaseEvent, Release, Renew
 from sessionstored.rules import Change, Fork, Head, Refusal, Replace
 from sessionstored.windows import CallWindow, Remembered
+
+# Of a session that changes, metadata up to this size is in each record: a watcher who comes later gets the
+# head from there. One whose record lacks it gets the session whole.
+METADATA_ALWAYS_BYTES_MAX = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,7 @@ class Group:
         self.entries: list[Entry] = []
         self.leases: dict[str, Lease | None] = {}
         """What became of leases; None for those that have ended."""
+        self.events: list[Event] = []
         self.recorded: set[str] = set()
         self._numbers: dict[str, int] = {}
         """Of each session the number of its newest request_id: a group that is dropped takes none."""
@@ -182,27 +188,38 @@ class Group:
             return
         extra: dict[str, str] = {}
         head = change.head
-        if draft.head is None:
+        before = draft.head
+        if len(head.metadata) <= METADATA_ALWAYS_BYTES_MAX:
+            extra["metadata"] = head.metadata.decode()
+        if head.damage:
+            extra["damage"] = head.damage
+        if before is None:
             extra["metadata"] = head.metadata.decode()
             if isinstance(request.mutation, Fork):
+                extra["source"] = request.mutation.source_key
                 change = self._record_fork(request.mutation, change)
                 draft.forked, draft.keep = self.entries[-1], change.start
             else:
                 extra["file"] = draft.file = draft.file or self.vault.file_for(draft.state)
                 draft.keep = 0
-        elif head.metadata != draft.head.metadata:
+        elif head.metadata != before.metadata:
             extra["metadata"] = head.metadata.decode()
+        previous = before.revision if before else 0
         suffix = self._kept if change.start + change.delete_count < draft.keep else ()
-        self.row.change(head, change.start, change.delete_count, list(change.messages), extra)
+        self.row.change(head, previous, change.start, change.delete_count, list(change.messages), extra)
+        self.events.append(changed(head, previous, change, extra.get("source", "")))
         draft.change(change, suffix)
 
     def _record_deletion(self, draft: Draft) -> None:
         """A tombstone for the session, and one for each file that goes with it."""
         state, revision = draft.state, self.vault.revision
+        previous = draft.head.revision if draft.head else 0
         marks = (state.file.blocks.mark, state.file.durable)
         for name in self.vault.files_of(state) if not draft.fresh else ():
-            self.row.delete(DeleteRecord(state.key, revision, name, marks, state.refusal is not None))
-        self.row.delete(DeleteRecord(state.key, revision))
+            aside = state.refusal is not None
+            self.row.delete(DeleteRecord(state.key, revision, name, marks, aside, previous))
+        self.row.delete(DeleteRecord(state.key, revision, previous_revision=previous))
+        self.events.append(Event(state.key, revision, previous, Deleted()))
         draft.delete(revision)
 
     def fork_is_fresh(self, request: Request, prepared: PreparedFork | None) -> bool:

@@ -15,10 +15,11 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import apsw
 
-from sessionstored.engine.jsonl import answers, catalogue, lease_table, pages, wal
+from sessionstored.engine.jsonl import answers, catalogue, feeding, lease_table, pages, wal
 from sessionstored.engine.jsonl.answers import Answers, StoredRequest
 from sessionstored.engine.jsonl.catalogue import Catalogue, Entry, WritableCatalogue
 from sessionstored.engine.jsonl.records import checksum
@@ -45,6 +46,15 @@ _INDEXED_AHEAD = 4
 
 class FormatError(Exception):
     """The database is not a journal of this version."""
+
+
+class Told(NamedTuple):
+    """A journal row that recovery does not need."""
+
+    row_id: int
+    last_revision: int
+    clock_s: float
+    body: bytes
 
 
 class Journal:
@@ -170,22 +180,28 @@ class Journal:
         with self.transaction():
             lease_table.clear(self._db)
 
-    def rows(self) -> Iterator[tuple[int, float, bytes, bool]]:
-        """(id, clock, body, whole) of every row, in order; `whole` tells whether its checksum is right."""
+    def rows(self, after: int) -> Iterator[tuple[int, float, bytes, bool]]:
+        """(id, clock, body, whole) of the later rows, in order; `whole`: whether its checksum is right."""
         for row_id, revision, clock_s, crc, body in self._db.execute(
-            "SELECT id, last_revision, clock_s, crc, body FROM journal ORDER BY id"
+            "SELECT id, last_revision, clock_s, crc, body FROM journal WHERE id > ? ORDER BY id", (after,)
         ):
             yield row_id, clock_s, body, checksum(row_id, revision, clock_s, body) == crc
 
-    def put_entries(self, entries: Iterable[Entry], revision: int = 0) -> None:
+    def put_entries(self, entries: Iterable[Entry], revision: int = 0, told: Told | None = None) -> None:
         """Write catalogue rows, in one transaction.
 
         Args:
             entries: the rows.
             revision: the highest that was given out, if these rows have revisions that no journal row has.
+            told: the journal row that tells watchers of it, if anybody is to be told.
 
         """
         with self.transaction():
+            if told is not None:
+                self._db.execute(
+                    "INSERT INTO journal VALUES (?, ?, ?, ?, ?)",
+                    (told.row_id, told.last_revision, told.clock_s, checksum(*told), told.body),
+                )
             for entry in entries:
                 self.catalogue.put(entry)
             if revision:
@@ -203,6 +219,7 @@ class Journal:
 
     def finish_checkpoint(
         self,
+        after: int,
         row_id: int,
         revision: int,
         gone: dict[str, int],
@@ -210,40 +227,55 @@ class Journal:
         touched: Iterable[str],
         request_ids_max: int,
         forget_before_s: float,
-    ) -> tuple[int, list[str]]:
-        """Drop rows, the catalogue rows of sessions whose deletion goes with them, and windows over limits.
+    ) -> tuple[int, int, list[str]]:
+        """Pass rows, and drop catalogue rows of sessions whose deletion is passed, and windows over limits.
+
+        Recovery begins behind the rows that are passed. They stay for watchers: see `feeding`.
 
         Args:
-            row_id: the last row that may go,
-            revision: if it holds no later revision than this.
-            gone: deleted sessions -> the revision of their deletion. A catalogue row stays as long as the
-                deletion's row: with one of them alone, replay would revive it, or miss its beginning.
+            after: the last row that was passed before.
+            row_id: the last row that may be passed now,
+            revision: if neither it nor one before it holds a later revision than this.
+            gone: deleted sessions -> the revision of their deletion. A catalogue row stays as long as
+                recovery needs the deletion's row: with one of them alone, replay would revive it, or miss its
+                beginning.
             meta: the store's own values.
             touched: the sessions whose request_ids may be too many; none while rows stay that name them.
             request_ids_max: how many of them stay.
             forget_before_s: windows with no contact since then go.
 
         Returns:
-            How many bytes of rows went, and which sessions' catalogue rows.
+            The last row that is passed now, how many bytes of rows are passed anew, and which sessions'
+            catalogue rows went.
 
         """
         with self.transaction():
-            dropped = self._db.execute(
-                "DELETE FROM journal WHERE id <= ? AND last_revision <= ? "
-                "RETURNING length(body), last_revision",
-                (row_id, revision),
-            ).fetchall()
-            last = max((int(str(revision)) for _, revision in dropped), default=0)
+            through, size, last = feeding.passed(self._db, after, row_id, revision)
             buried = [key for key, deleted in gone.items() if deleted <= last]
             for key in buried:
                 self.catalogue.remove(key)
-            for name, value in meta.items():
+            for name, value in {**meta, "checkpoint_row": through}.items():
                 self._put_meta(name, value)
             self.answers.forget(touched, request_ids_max, forget_before_s)
-        return sum(int(str(size)) for size, _ in dropped), buried
+        return through, size, buried
+
+    def feed_bytes(self, through: int) -> int:
+        """How many bytes of rows are kept for watchers only."""
+        return feeding.size(self._db, through)
+
+    def prune_feed(self, through: int, before_s: float, excess: int) -> tuple[int, int] | None:
+        """Drop some rows that only watchers need; see `feeding.prune`."""
+        with self.transaction():
+            pruned = feeding.prune(self._db, through, before_s, excess)
+            if pruned is not None:
+                self._put_meta("feed_floor", pruned[0])
+            return pruned
 
     def meta(self) -> dict[str, object]:
-        """The store's own values: store_id, revision, clock_s. Raises WrongRow."""
+        """The store's own values: store_id, revision, clock_s, checkpoint_row, feed_floor, feed_id.
+
+        Raises WrongRow.
+        """
         found = {}
         for name, value, crc in self._db.execute("SELECT name, value, crc FROM meta"):
             if not is_whole((name, value), crc):
@@ -318,6 +350,10 @@ class Journal:
 
 class Reader(Catalogue):
     """Reads the catalogue beside the writer. Not for two threads at once."""
+
+    def feed_rows(self, after: int, through: int, bytes_max: int) -> "feeding.Kept | None":
+        """Rows for watchers; see `feeding.rows`."""
+        return feeding.rows(self._db, after, through, bytes_max)
 
     def wal_checkpoint_passive(self) -> None:
         """Move into the database what can be moved without waiting for anybody."""

@@ -19,6 +19,7 @@ from typing import TypeVar
 import apsw
 
 from sessionstored.engine import Refused
+from sessionstored.engine.feed import DEFAULT_FEED_LIMITS, FeedLimits
 from sessionstored.engine.jsonl.answers import StoredRequest
 from sessionstored.engine.jsonl.catalogue import Entry
 from sessionstored.engine.jsonl.committer import Committer, is_disk_full
@@ -79,10 +80,17 @@ class Maintenance:
     """The thread, and what it does."""
 
     def __init__(
-        self, vault: Vault, committer: Committer, *, interval_s: float, sweep_rows_per_s: int = _SWEEP_ROWS
+        self,
+        vault: Vault,
+        committer: Committer,
+        *,
+        interval_s: float,
+        sweep_rows_per_s: int = _SWEEP_ROWS,
+        feed_limits: FeedLimits = DEFAULT_FEED_LIMITS,
     ) -> None:
         self._vault, self._committer = vault, committer
         self._interval_s = interval_s
+        self._feed_limits = feed_limits
         self._sweep_rows = max(1, int(sweep_rows_per_s * interval_s))
         self._swept = 0
         self._stop = threading.Event()
@@ -138,6 +146,7 @@ class Maintenance:
         """One round and one step of the sweep; a full disk puts them off, any other failure is fatal."""
         try:
             self.round()
+            self._prune_feed()
             self._sweep()
         except apsw.FullError:
             log.warning("the disk is full: the checkpoint is tried again later")
@@ -358,7 +367,8 @@ class Maintenance:
         gone = {state.key: state for state in captured.gone if state.head is None}
         vault.journal.put_windows({}, captured.requests)
         now = vault.clock_s()
-        dropped_bytes, buried = vault.journal.finish_checkpoint(
+        vault.checkpoint_row, passed_bytes, buried = vault.journal.finish_checkpoint(
+            vault.checkpoint_row,
             captured.row_id if safe else 0,
             captured.revision if captured.needed_from is None else captured.needed_from,
             {key: state.deleted for key, state in gone.items()},
@@ -367,8 +377,9 @@ class Maintenance:
             vault.limits.window_request_ids_max,
             now - vault.limits.window_age_max_s - FORGET_SLACK_S,
         )
+        vault.backlog_bytes -= passed_bytes
+        vault.feed_bytes += passed_bytes
         self._drop_lapsed_leases(now)
-        vault.backlog_bytes -= dropped_bytes
         vault.windows.written(captured.clients, captured.requests)
         with vault.lock:
             for state in (gone[key] for key in buried):
@@ -393,6 +404,26 @@ class Maintenance:
         vault.reading(lambda reader: reader.wal_checkpoint_passive())
         if vault.wal_bytes() > _WAL_BYTES_MAX:  # nobody here may read meanwhile, and others may: then later
             vault.reading(lambda _: self._do(vault.journal.wal_checkpoint))
+
+    # The feed.
+
+    def _prune_feed(self) -> None:
+        """Drop rows that are kept for watchers only, and are too old or too many."""
+        vault, limits = self._vault, self._feed_limits
+
+        def step() -> bool:
+            if not vault.feed_bytes:
+                return False
+            pruned = vault.journal.prune_feed(
+                vault.checkpoint_row,
+                vault.clock_s() - limits.age_s_max,
+                vault.feed_bytes - limits.bytes_max,
+            )
+            vault.feed_bytes -= pruned[1] if pruned else 0
+            return pruned is not None
+
+        while self._do(step) and not self._stop.is_set():
+            pass
 
     # Sweeping.
 

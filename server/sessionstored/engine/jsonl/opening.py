@@ -153,6 +153,7 @@ def _recovered(
     known_id = journal.meta().get("store_id")
     rebuilt = store is not None and known_id is None
     log_ends_wrong = store is not None and store.durability == "fsync" and journal.lost_commit()
+    unflushed = store is not None and not store.clean and store.durability != "fsync"
     if store is None:
         store = new_store() if known_id is None else replace(new_store(), store_id=str(known_id))
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -167,7 +168,7 @@ def _recovered(
         journal.put_meta(store_id=store.store_id, **({"revision": vault.revision} if rebuilt else {}))
         _empty_log(directory, journal)
         vault.write_store(replace(store, clean=False, durability=durability))
-        Recovery(vault, accept_loss).run()
+        Recovery(vault, accept_loss).run(changes_lost=rebuilt or bool(log_ends_wrong) or unflushed)
         vault.write_store(with_ceiling(vault.store, vault.revision))
     except BaseException:
         vault.close()

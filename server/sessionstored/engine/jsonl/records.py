@@ -3,9 +3,12 @@
 A record is one line of JSON, an array whose first element names its kind, followed by as many raw bytes as it
 says:
 
-    ["s", key, revision, rewrite_revision, start, delete_count, message_count, last_consolidated,
-          create_time_us, update_time_us, lines, bytes, extra]   a change of a session, then its lines
-    ["d", key, revision, file, marks, aside]                     a session is gone, and this file
+    ["s", key, revision, previous_revision, rewrite_revision, start, delete_count, message_count,
+          last_consolidated, create_time_us, update_time_us, lines, bytes, extra]
+                                                                 a change of a session, then its lines
+    ["d", key, revision, previous_revision, file, marks, aside, expired]
+                                                                 a session is gone, and this file
+    ["a", key, revision, previous_revision]                      a session's file was taken anew, as it is
     ["c", client_id, sequence, answered_through, digest, outcome]  a call's answer
     ["q", key, request_id, digest, outcome]                      a request_id's answer
     ["l", event, lease]                                          a lease was acquired or has ended
@@ -13,8 +16,12 @@ says:
 A lease is [key, holder, token, appends_allowed, ttl_s, acquire_time_us, acquired_s, expires_s], and its event
 "acquired", "released" or "lapsed".
 
-`marks` are pairs [length, digest]; `extra` is an object: "metadata" (JSON text) if it differs from before,
-"file" (its name) if the session is new. The row carries a CRC-32 over all of it.
+`marks` are pairs [length, digest]; `extra` is an object: "metadata" (JSON text) if it differs from before, or
+is so short that watchers get it from here, too; "file" (its name) if the session is new; "source" (a key) if
+it is a fork, whose file has messages that the record lacks; "damage" if there is some. The row carries a
+CRC-32 over all of it.
+
+Recovery needs "s" and "d"; an "a" is for watchers only, because the catalogue has what it tells of.
 """
 
 import json
@@ -43,6 +50,9 @@ class SessionRecord:
     lines: list[bytes]
     file: str = ""
     """The file name, if the session is new."""
+    previous_revision: int = 0
+    source_key: str = ""
+    """Of a fork: whose messages its file begins with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +67,18 @@ class DeleteRecord:
     """What the file began with: in the end, and when it was last made durable."""
     aside: bool = False
     """The file was damaged: it goes to quarantine."""
+    previous_revision: int = 0
+    expired: bool = False
+    """Its time was over; else somebody deleted it."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptRecord:
+    """A session's file was taken anew, as it is: somebody else edited or repaired it."""
+
+    key: str
+    revision: int
+    previous_revision: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +108,7 @@ class LeaseRecord:
     lease: Lease
 
 
-Record = SessionRecord | DeleteRecord | CallRecord | RequestRecord | LeaseRecord
+Record = SessionRecord | DeleteRecord | AdoptRecord | CallRecord | RequestRecord | LeaseRecord
 
 
 @dataclass(slots=True)
@@ -104,7 +126,13 @@ class Row:
         self.size += len(line) + 1 + len(payload)
 
     def change(
-        self, head: Head, start: int, delete_count: int, lines: list[bytes], extra: dict[str, str]
+        self,
+        head: Head,
+        previous_revision: int,
+        start: int,
+        delete_count: int,
+        lines: list[bytes],
+        extra: dict[str, str],
     ) -> None:
         """Add a change of a session."""
         payload = b"".join([line + b"\n" for line in lines])
@@ -113,6 +141,7 @@ class Row:
                 "s",
                 head.key,
                 head.revision,
+                previous_revision,
                 head.rewrite_revision,
                 start,
                 delete_count,
@@ -130,8 +159,24 @@ class Row:
 
     def delete(self, record: DeleteRecord) -> None:
         """Add that a session is gone."""
-        self.add(["d", record.key, record.revision, record.file, record.marks, record.aside])
+        self.add(
+            [
+                "d",
+                record.key,
+                record.revision,
+                record.previous_revision,
+                record.file,
+                record.marks,
+                record.aside,
+                record.expired,
+            ]
+        )
         self.last_revision = record.revision
+
+    def adopted(self, record: AdoptRecord) -> None:
+        """Add that a session's file was taken anew."""
+        self.add(["a", record.key, record.revision, record.previous_revision])
+        self.last_revision = max(self.last_revision, record.revision)
 
     def call(self, record: CallRecord) -> None:
         """Add a call's answer."""
@@ -190,6 +235,7 @@ def read_row(body: bytes) -> Iterator[Record]:
                 "s",
                 key,
                 revision,
+                previous,
                 rewrite,
                 start,
                 deleted,
@@ -207,10 +253,26 @@ def read_row(body: bytes) -> Iterator[Record]:
                 if len(lines) != n:
                     raise DamagedRow(f"a record of {key!r} holds {len(lines)} messages, not {n}")
                 metadata = extra.get("metadata", "").encode()
-                head = Head(key, revision, rewrite, count, consolidated, metadata, created, updated)
-                yield SessionRecord(head, start, deleted, lines, extra.get("file", ""))
-            case ["d", key, revision, file, marks, aside]:
-                yield DeleteRecord(key, revision, file, tuple(map(tuple, marks)), aside)
+                head = Head(
+                    key,
+                    revision,
+                    rewrite,
+                    count,
+                    consolidated,
+                    metadata,
+                    created,
+                    updated,
+                    extra.get("damage", ""),
+                )
+                yield SessionRecord(
+                    head, start, deleted, lines, extra.get("file", ""), previous, extra.get("source", "")
+                )
+            case ["d", key, revision, previous, file, marks, aside, expired]:
+                yield DeleteRecord(
+                    key, revision, file, tuple(map(tuple, marks)), aside, previous, expired
+                )
+            case ["a", key, revision, previous]:
+                yield AdoptRecord(key, revision, previous)
             case ["c", client_id, sequence, answered_through, digest, outcome]:
                 kept = Remembered(bytes.fromhex(digest), outcome_from_json(outcome))
                 yield CallRecord(client_id, sequence, answered_through, kept)

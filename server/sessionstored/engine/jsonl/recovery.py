@@ -9,6 +9,7 @@ unclean stop nothing is believed to be on disk only because it can be read.
 
 import logging
 import os
+import uuid
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -61,13 +62,22 @@ class Recovery:
         """(key, file, generation) of every session, as the catalogue says at first."""
         self._lost: dict[str, Entry] = {}
         """Key -> what stands in for its catalogue row, which is not what was written."""
+        self._rows_lost = False
+        """A row was damaged: what watchers were told of it will never have happened."""
 
-    def run(self) -> None:
-        """Recover. Raises StartError if the journal is damaged."""
+    def run(self, *, changes_lost: bool) -> None:
+        """Recover. Raises StartError if the journal is damaged.
+
+        Args:
+            changes_lost: changes that watchers were told of may be gone: no cursor of then counts.
+
+        """
         vault = self._vault
         meta = vault.journal.meta()
         vault.revision = max(int(str(meta.get("revision", 0))), vault.revision)
         vault.set_clock(float(str(meta.get("clock_s", 0.0))))
+        vault.checkpoint_row = vault.row_id = int(str(meta.get("checkpoint_row", 0)))
+        vault.feed_bytes = vault.journal.feed_bytes(vault.checkpoint_row)
         self._read_catalogue()
         self._finish_temporaries()
         self._replay()
@@ -79,7 +89,11 @@ class Recovery:
         for record in self._ours.tombstones:
             self._bury(record)
         self._adopt_unknown()
-        vault.journal.put_meta(revision=vault.revision)
+        if self._rows_lost or changes_lost or not meta.get("feed_id"):
+            vault.feed_id = uuid.uuid4().hex
+        else:
+            vault.feed_id = str(meta["feed_id"])
+        vault.journal.put_meta(revision=vault.revision, feed_id=vault.feed_id)
         self._load_leases()
         if self._rows:
             vault.files.names_changed = True  # what the last daemon renamed or removed may not be durable
@@ -147,7 +161,7 @@ class Recovery:
 
     def _replay(self) -> None:
         vault = self._vault
-        for row_id, clock_s, body, whole in vault.journal.rows():
+        for row_id, clock_s, body, whole in vault.journal.rows(vault.checkpoint_row):
             vault.row_id = row_id
             vault.backlog_bytes += len(body)
             self._rows += 1
@@ -164,6 +178,7 @@ class Recovery:
                         "acknowledged changes are lost; restore a backup, "
                         "or start with --accept-loss to go on without them"
                     ) from error
+                self._rows_lost = True
                 aside = vault.files.set_aside("journal.db", body, f"row{row_id}")
                 vault.journal.end_leases()  # what a holder wrote may be lost, and the lease of the next one
                 log.error("row %d of the journal is damaged: set aside in quarantine/%s", row_id, aside)
@@ -339,13 +354,14 @@ class Recovery:
             and entry.name not in self._files
             and entry.is_file(follow_symlinks=False)
         )
-        adopted: dict[str, Entry] = {}
+        adopted: dict[str, tuple[Entry, int]] = {}
         for name in names:
             entry = self._adopt(name)
             if entry is None or self._claimed(entry, adopted):
                 continue
+            owner = vault.journal.catalogue.entry(entry.head.key)
             self._make_way(entry)
-            adopted[entry.head.key] = entry
+            adopted[entry.head.key] = entry, owner.head.revision if owner else 0
             if len(adopted) == _ENTRIES_PER_TRANSACTION:
                 self._put(adopted)
         self._put(adopted)
@@ -377,11 +393,11 @@ class Recovery:
         )
         return entry
 
-    def _claimed(self, entry: Entry, adopted: dict[str, Entry]) -> bool:
+    def _claimed(self, entry: Entry, adopted: dict[str, tuple[Entry, int]]) -> bool:
         """Whether another file claims the same key; both are named, and neither is served."""
         vault, key = self._vault, entry.head.key
         state = self._touched.get(key)
-        owner = adopted.get(key) or vault.journal.catalogue.entry(key)
+        owner = adopted[key][0] if key in adopted else vault.journal.catalogue.entry(key)
         if key not in adopted and state is not None and state.head is None:
             with vault.lock:  # a deleted session's key begins anew with this file
                 vault.clean(state)
@@ -415,10 +431,10 @@ class Recovery:
             former.file = temporary_name(former.file, former.generation)
             journal.put_entries([former])
 
-    def _put(self, adopted: dict[str, Entry]) -> None:
+    def _put(self, adopted: dict[str, tuple[Entry, int]]) -> None:
         vault = self._vault
         vault.files.flush_names()  # their bytes are flushed: from here on the catalogue counts on both
-        vault.journal.put_entries(adopted.values(), vault.revision)
+        vault.take_anew(list(adopted.values()))
         vault.session_count += len(adopted)
         adopted.clear()
 

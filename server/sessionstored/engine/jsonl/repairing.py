@@ -284,17 +284,16 @@ class _Mending:
         if not vault.files.unchanged(entry.file, found.size, found.inode, found.mtime_ns):
             vault.files.discard_generation(file.name, file.generation)
             raise _LeftAlone("somebody changes the file just now")
-        vault.journal.put_entries(
-            [Entry(head, file.name, file.generation, file.blocks, file.size, file.inode, file.mtime_ns)],
-            vault.revision,
-        )
+        anew = Entry(head, file.name, file.generation, file.blocks, file.size, file.inode, file.mtime_ns)
+        vault.take_anew([(anew, entry.head.revision)])
         vault.files.install_generation(file.name, file.generation)
         vault.files.flush_names()
 
     def _put(self, entry: Entry, head: Head) -> None:
         """Write the catalogue row of a file that stays as it is."""
+        previous = entry.head.revision
         entry.head = replace(head, revision=self._vault.next_revision())
-        self._vault.journal.put_entries([entry], self._vault.revision)
+        self._vault.take_anew([(entry, previous)])
 
 
 def _loss(found: Examined) -> str:

@@ -16,13 +16,14 @@ from itertools import islice
 from typing import TypeVar
 
 from sessionstored.engine import Refused
+from sessionstored.engine.events import Event, Reload
 from sessionstored.engine.jsonl.catalogue import Entry
 from sessionstored.engine.jsonl.damage import adopt_again, condemn
 from sessionstored.engine.jsonl.disk import Disk
 from sessionstored.engine.jsonl.files import CHANGED, FULL, FileChanged, Region, SessionFiles
-from sessionstored.engine.jsonl.journal import Journal, Reader
+from sessionstored.engine.jsonl.journal import Journal, Reader, Told
 from sessionstored.engine.jsonl.names import file_name
-from sessionstored.engine.jsonl.records import Row
+from sessionstored.engine.jsonl.records import AdoptRecord, Row
 from sessionstored.engine.jsonl.remembered import Windows
 from sessionstored.engine.jsonl.state import File, State, data_loss, journal_damaged, state_of_entry
 from sessionstored.engine.jsonl.store import Directory, StoreFile, with_ceiling
@@ -64,8 +65,16 @@ class Vault:
         self.session_count = 0
         self.revision = 0
         self.row_id = 0
+        self.checkpoint_row = 0
+        """The last row that recovery does not need any more."""
         self.backlog_bytes = 0
-        """The size of the journal's rows."""
+        """The size of the journal's rows behind that."""
+        self.feed_bytes = 0
+        """The size of the rows up to that, which are kept for watchers."""
+        self.feed_id = ""
+        """Of the feed: a store that lost changes has another one afterwards."""
+        self.publish: Callable[[int, Sequence[Event]], None] = lambda _, __: None
+        """Called after each commit, in order, with the row's id and what it changed. Hold the lock."""
         self._cache_bytes_max, self._hot_sessions_max = cache_bytes_max, hot_sessions_max
         self._cached_bytes = 0
         self._forgotten = 0
@@ -337,6 +346,28 @@ class Vault:
             self.cached(state, size)
 
     # Changes, for the committer's thread.
+
+    def take_anew(self, taken: Sequence[tuple[Entry, int]]) -> None:
+        """Make files the sessions' as they are, and tell watchers.
+
+        Args:
+            taken: catalogue rows, and the revisions that the sessions had before.
+
+        """
+        row = Row()
+        events: list[Event] = []
+        for entry, previous in taken:
+            head = entry.head
+            row.adopted(AdoptRecord(head.key, head.revision, previous))
+            events.append(Event(head.key, head.revision, previous, Reload()))
+        if not events:
+            return
+        told = Told(self.row_id + 1, row.last_revision, self.clock_s(), row.body())
+        self.journal.put_entries([entry for entry, _ in taken], self.revision, told)
+        self.row_id += 1
+        self.backlog_bytes += len(told.body)
+        with self.lock:
+            self.publish(self.row_id, events)
 
     def commit_row(
         self, row: Row, clock_s: float, entries: Iterable[Entry], leases: Mapping[str, Lease | None]
