@@ -16,6 +16,7 @@ from crash import (
     lost_writes,
     one_slow_thing,
     power_cuts,
+    zeroed_pages,
 )
 from crash.phases import AIMED_AT
 from crash.tally import Rung
@@ -57,5 +58,14 @@ RUNGS = (
     Rung("every n-th step fails", every_failure.run, full=1 << 20, sample=40, times_min=1200),
     Rung("every byte cut and flipped", every_byte.run, full=1 << 20, sample=44, times_min=130_000),
     Rung("the same, checksums off", every_byte.run_unchecked, full=400, sample=40, must_lose=True),
+    Rung("every page zeroed", zeroed_pages.run, full=1 << 20, sample=40, times_min=180),
+    Rung(
+        "the same, row checksums off",
+        zeroed_pages.run_unchecked,
+        full=1 << 20,
+        sample=1 << 20,
+        times_min=1,
+        must_lose=True,
+    ),
     Rung("floods in limited memory", floods.run, full=40, sample=4),
 )

@@ -8,12 +8,14 @@ from pathlib import Path
 import apsw
 import pytest
 from crash.by_hand import A, B, C, D, crashed, opened, round_of
+from crash.disks import journal_of
 from crash.workspaces import quarantined
-from engines import done, lines, read
+from engines import done, lines, one, read, request
 from sessionstored.engine import Refused, StartError
 from sessionstored.engine.jsonl import open_jsonl, pages
+from sessionstored.engine.jsonl.checking import Check
 from sessionstored.engine.jsonl.journal import FormatError, Journal
-from sessionstored.rules import Append, Update
+from sessionstored.rules import Append, Refusal, Update
 
 LOG = "journal.db-wal"
 
@@ -84,6 +86,51 @@ async def test_a_header_torn_as_the_log_begins_anew_is_no_loss(fast_path: Path) 
         log.write(b"new!")
     async with opened(data) as engine:
         assert await lines(engine, "k") == [A, B, C]
+
+
+async def test_a_log_whose_beginning_turned_into_zeros_stops_the_start(fast_path: Path) -> None:
+    """Its header is gone, and its first frame: nobody knows whether the database has that commit."""
+    data = await crashed_with_commits(fast_path, 3)
+    with (data / LOG).open("r+b") as log:
+        log.write(bytes(4096))
+    with pytest.raises(StartError, match=rf"{LOG} is damaged.*--accept-loss"):
+        await open_jsonl(data)
+
+
+async def test_a_first_page_of_zeros_is_damage_even_if_the_log_has_another(fast_path: Path) -> None:
+    async with opened(fast_path / "first") as engine:
+        await done(engine, Append("k", [A]))
+        await round_of(engine)
+        assert engine._committer.run(engine._vault.journal.wal_checkpoint).result()
+        await done(engine, Append("k", [b'{"a": "%s"}' % (b"x" * 50_000)]))  # it grows: page 1 says so
+        data = await crashed(engine, fast_path / "data")
+    with (data / "journal.db").open("r+b") as file:
+        file.write(bytes(4096))
+    with pytest.raises(StartError, match=r"journal.db cannot be used: its first page.*--accept-loss"):
+        await open_jsonl(data)
+    (found,) = [finding for finding in Check(data).findings() if finding.file == "journal.db"]
+    assert "first page" in found.detail
+
+
+async def test_a_remembered_answer_on_a_damaged_page_refuses_the_call(fast_path: Path) -> None:
+    """The committer meets it before a commit: nothing is lost by going on."""
+    async with opened(fast_path / "data") as engine:
+        await done(engine, Append("k", [A]))
+        await one(engine, request(Append("k", [B]), 1))
+    journal = fast_path / "data" / "journal.db"
+    with journal_of(fast_path / "data") as db:
+        (root,) = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'client'").fetchone()
+        page_size = db.pragma("page_size")
+    with journal.open("r+b") as file:
+        file.seek((root - 1) * page_size)
+        file.write(bytes(page_size))
+    async with opened(fast_path / "data") as engine:
+        for sequence in (1, 2):
+            reply = await one(engine, request(Append("k", [B]), sequence))
+            assert isinstance(reply.outcome, Refusal)
+            assert (reply.outcome.reason, reply.outcome.metadata["file"]) == ("DATA_LOSS", "journal.db")
+        assert await lines(engine, "k") == [A, B]
+        await done(engine, Append("k", [C]))
 
 
 async def test_power_loss_may_break_the_log_of_a_store_that_did_not_flush_it(fast_path: Path) -> None:

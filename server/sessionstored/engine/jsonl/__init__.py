@@ -372,8 +372,7 @@ class JsonlEngine:
             except Refused as refused:  # a copy of a call that was answered gets its answer all the same
                 return await self._submit([request], obstacle=refused.refusal)
             except pages.DAMAGED as error:
-                damaged = journal_damaged(pages.describe(error))
-                return await self._submit([request], obstacle=damaged)
+                return await self._submit([request], obstacle=journal_damaged(error))
             except OSError as error:
                 self._committer.fail(f"{type(error).__name__}: {error}")
                 raise Refused(STOPPING) from error
@@ -457,7 +456,7 @@ class JsonlEngine:
         try:
             return await self._loop.run_in_executor(self._readers, work)
         except pages.DAMAGED as error:
-            raise Refused(journal_damaged(pages.describe(error))) from error
+            raise Refused(journal_damaged(error)) from error
 
     async def lease(self, key: str) -> Lease | None:
         """The lease of a session that is in force."""

@@ -4,9 +4,9 @@ Knows this table's rows, through whichever connection it is given; nothing of tr
 """
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import apsw
@@ -60,8 +60,7 @@ class Entry:
     """Not 0: a line inside cannot be read, and the session is not served. Below 0: it is condemned."""
 
 
-@dataclass(frozen=True, slots=True)
-class KnownFile:
+class KnownFile(NamedTuple):
     """What a catalogue row says of its session's file."""
 
     rowid: int
@@ -211,7 +210,7 @@ class WritableCatalogue(Catalogue):
         )
         texts = (head.key, entry.file, head.damage)
         blobs = (head.metadata, entry.blocks.pack())
-        crc = _crc((*numbers, *(text.encode() for text in texts), *blobs))
+        crc = _crc(*numbers, *(text.encode() for text in texts), *blobs)
         self._db.execute(_UPSERT, (*numbers, *texts, *blobs, crc))
 
     def remove(self, key: str) -> None:
@@ -229,16 +228,16 @@ def after_prefix(prefix: str) -> str:
     return ""
 
 
-def _crc(row: Sequence[Any]) -> int:
-    """`row_crc` of a row without rowid and crc, its texts encoded. A listing needs it of each session."""
+def _crc(*row: Any) -> int:
+    """`row_crc` of these columns, texts encoded; faster, because a start needs it of every row."""
     *numbers, key, file, damage, metadata, blocks = row
-    fixed = _FIXED.pack(*numbers, len(key), len(file), len(damage), len(metadata), len(blocks))
-    return crc32(b"".join((fixed, key, file, damage, metadata, blocks)))
+    sizes = len(key), len(file), len(damage), len(metadata), len(blocks)
+    return crc32(b"".join((_FIXED.pack(*numbers, *sizes), key, file, damage, metadata, blocks)))
 
 
 def _is_whole(row: _Row) -> bool:
     try:
-        return bool(_crc(row[2:]) == row[1])
+        return bool(_crc(*row[2:]) == row[1])
     except (TypeError, struct.error):  # not even the types are right
         return False
 

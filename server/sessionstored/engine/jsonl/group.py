@@ -14,8 +14,7 @@ from sessionstored.engine.jsonl.answers import StoredRequest
 from sessionstored.engine.jsonl.catalogue import Entry
 from sessionstored.engine.jsonl.files import CHANGED, FileChanged
 from sessionstored.engine.jsonl.records import CallRecord, DeleteRecord, LeaseRecord, RequestRecord, Row
-from sessionstored.engine.jsonl.state import Draft, State, data_loss, journal_damaged
-from sessionstored.engine.jsonl.tables import WrongRow
+from sessionstored.engine.jsonl.state import Draft, State, data_loss, reading_journal
 from sessionstored.engine.jsonl.vault import Vault
 from sessionstored.engine.settle import settle
 from sessionstored.leases import Acquire, Lease, LeaseEvent, Release, Renew
@@ -79,8 +78,8 @@ class Group:
                 limits=vault.limits,
                 obstacle=obstacle,
             )
-        except WrongRow as wrong:  # what was answered before: nobody knows whether this call was
-            return Reply(journal_damaged(str(wrong), wrong.key))
+        except Refused as damaged:  # nobody knows whether this call was answered before
+            return Reply(damaged.refusal)
         if settled.change is not None:
             vault.revision += 1
             self._record(request, settled.change)
@@ -130,18 +129,24 @@ class Group:
         """A copy of a client's window, published only after the commit."""
         window = self.windows.get(client_id)
         if window is None:
-            window = self.windows[client_id] = self.vault.windows.call_window(client_id)
+            with reading_journal():
+                window = self.windows[client_id] = self.vault.windows.call_window(client_id)
         return window
 
     def remembered(self, key: str, request_id: str) -> Remembered | None:
         """What is kept under a request_id."""
-        stored = self.requests.get((key, request_id)) or self.vault.windows.stored_request(key, request_id)
+        stored = self.requests.get((key, request_id))
+        if stored is None:
+            with reading_journal():
+                stored = self.vault.windows.stored_request(key, request_id)
         return stored.remembered if stored else None
 
     def remember(self, key: str, request_id: str, remembered: Remembered) -> None:
         """Keep it."""
-        number = self._numbers.get(key, self.vault.windows.request_number(key)) + 1
-        self._numbers[key] = number
+        if key not in self._numbers:
+            with reading_journal():
+                self._numbers[key] = self.vault.windows.request_number(key)
+        number = self._numbers[key] = self._numbers[key] + 1
         self.requests[key, request_id] = StoredRequest(number, self.clock_s, remembered)
         self.row.request(RequestRecord(key, request_id, remembered))
 

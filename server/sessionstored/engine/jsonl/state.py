@@ -8,11 +8,17 @@ stable snapshot.
 Only the committer's thread changes a State, under the engine's lock. Nothing here does I/O.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import apsw
+
+from sessionstored.engine import Refused
+from sessionstored.engine.jsonl import pages
 from sessionstored.engine.jsonl.blocks import Blocks, Mark
 from sessionstored.engine.jsonl.catalogue import Entry
+from sessionstored.engine.jsonl.tables import WrongRow
 from sessionstored.rules import Change, Head, Refusal
 
 HEADERS_BYTES_MIN = 8192
@@ -201,10 +207,23 @@ def data_loss(key: str, file: str, line: int, detail: str) -> Refusal:
     )
 
 
-def journal_damaged(what: str, key: str = "") -> Refusal:
-    """The refusal for whoever met damage in the journal; `key` if it is one session's."""
+def journal_damaged(error: WrongRow | apsw.Error) -> Refusal:
+    """The refusal for whoever met damage in the journal."""
+    key = error.key if isinstance(error, WrongRow) else ""
+    what = str(error) if isinstance(error, WrongRow) else pages.describe(error)
     metadata = {"key": key, "file": "journal.db", "line": "0", "detail": what}
     return Refusal("DATA_LOSS", f"journal.db is damaged: {what}; `sessionstored check` tells more", metadata)
+
+
+@contextmanager
+def reading_journal() -> Iterator[None]:
+    """Reads of the journal, and nothing else: what meets damage is refused. Other failures stay failures."""
+    try:
+        yield
+    except (WrongRow, *pages.DAMAGED) as error:
+        if isinstance(error, apsw.IOError) and not pages.is_wrong_page(error):
+            raise
+        raise Refused(journal_damaged(error)) from error
 
 
 @dataclass(slots=True)

@@ -25,9 +25,8 @@ from sessionstored.engine.jsonl.journal import Journal, Reader, Told
 from sessionstored.engine.jsonl.names import file_name
 from sessionstored.engine.jsonl.records import AdoptRecord, Row
 from sessionstored.engine.jsonl.remembered import Windows
-from sessionstored.engine.jsonl.state import File, State, data_loss, journal_damaged, state_of_entry
+from sessionstored.engine.jsonl.state import File, State, data_loss, reading_journal, state_of_entry
 from sessionstored.engine.jsonl.store import Directory, StoreFile, with_ceiling
-from sessionstored.engine.jsonl.tables import WrongRow
 from sessionstored.engine.leasing import LeaseBook
 from sessionstored.leases import Lease
 from sessionstored.rules import Limits, Refusal
@@ -133,10 +132,8 @@ class Vault:
             self.forget(state)
             state = None
         if state is None:
-            try:
+            with reading_journal():
                 entry = self.journal.catalogue.entry(key)
-            except WrongRow as wrong:
-                raise Refused(journal_damaged(str(wrong), wrong.key)) from wrong
             if entry is not None and key not in self.claims and self._edited(entry):
                 entry = adopt_again(self, entry)
             state = self._load(key, entry)
@@ -463,12 +460,9 @@ class Vault:
     # The reading connection.
 
     def reading(self, read: Callable[[Reader], T]) -> T:
-        """Read with the reading connection. Raises Refused for a row that is not what was written."""
-        with self._reader_lock:
-            try:
-                return read(self._reader)
-            except WrongRow as wrong:
-                raise Refused(journal_damaged(str(wrong), wrong.key)) from wrong
+        """Read with the reading connection. Raises Refused if that meets damage."""
+        with self._reader_lock, reading_journal():
+            return read(self._reader)
 
     def close(self) -> None:
         """Close files and database."""

@@ -106,7 +106,10 @@ class _Frames:
         return ""
 
     def are_in(self, database: Path) -> bool:
-        """Whether every commit of the log, as far as its frames continue each other, is in the database."""
+        """Whether every commit of the log, as far as its frames continue each other, is in the database.
+
+        No, if its first commit cannot be read: nobody knows what it had.
+        """
         newest: dict[int, int] = {}
         pending: dict[int, int] = {}
         _, _, salts, before, _ = self._frame(0)
@@ -124,4 +127,4 @@ class _Frames:
                 file.seek((page - 1) * self._page_size)
                 if file.read(size) != self._frame(index)[-1][8 : 8 + size]:
                     return False
-        return True
+        return bool(newest)
