@@ -268,7 +268,15 @@ def _replace(message: session_store_pb2.ReplaceMessagesRequest, bounds: Bounds) 
     expected = _expected_revision(message)
     lines = _messages(message.messages, bounds)
     deleted = check_count(message.delete_count, "delete_count") if message.HasField("delete_count") else None
-    return rules.Replace(key, message.start, deleted, lines, expected)
+    if message.allow_appends and (expected is None or deleted is None):
+        missing = "expected_revision" if expected is None else "delete_count"
+        refuse(
+            "ARGUMENT_INVALID",
+            f"allow_appends needs {missing}: else it would not say what may be removed",
+            field="allow_appends",
+            detail=f"{missing} is missing",
+        )
+    return rules.Replace(key, message.start, deleted, lines, expected, message.allow_appends)
 
 
 def _pop(message: session_store_pb2.PopMessageRequest, bounds: Bounds) -> rules.Pop:

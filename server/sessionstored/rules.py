@@ -64,6 +64,8 @@ class Replace:
     delete_count: int | None
     messages: Sequence[bytes]
     expected_revision: int | None = None
+    allow_appends: bool = False
+    """Whether a later revision will do, too, if messages were only added at the end since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,8 +225,13 @@ def tail_start(head: Head, known_revision: int, known_message_count: int) -> int
 
     0, that is everything, unless no message was rewritten since that revision.
     """
-    held = head.rewrite_revision <= known_revision <= head.revision
+    held = _holds(head, known_revision)
     return known_message_count if held and known_message_count <= head.message_count else 0
+
+
+def _holds(head: Head, revision: int) -> bool:
+    """Whether the session still begins with all messages of that revision."""
+    return head.rewrite_revision <= revision <= head.revision
 
 
 def _precondition(head: Head | None, mutation: Mutation, source: Head | None) -> Refusal | None:
@@ -243,6 +250,8 @@ def _precondition(head: Head | None, mutation: Mutation, source: Head | None) ->
     expected = mutation.expected_revision
     actual = subject.revision if subject else 0
     if expected is None or expected == actual:
+        return None
+    if isinstance(mutation, Replace) and mutation.allow_appends and subject and _holds(subject, expected):
         return None
     count = subject.message_count if subject else 0
     return Refusal(

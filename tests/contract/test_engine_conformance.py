@@ -1,5 +1,6 @@
 """What every engine must do with mutations: one suite, run over each of them."""
 
+from dataclasses import replace
 
 import pytest
 from engines import Clock, done, lines, read, refused, submit
@@ -101,6 +102,24 @@ async def test_replace(
     assert await lines(engine, "k") == left
     await done(engine, Append("k", [D]))
     assert await lines(engine, "k") == [*left, D]
+
+
+async def test_a_replacement_that_allows_appends_keeps_what_was_added_meanwhile(engine: Engine) -> None:
+    made = await done(engine, Create("k", [A, B, C]))
+    edit = Replace("k", 0, 2, [D], made.revision, allow_appends=True)
+    await submit(engine, Append("k", [A]), Update("k", last_consolidated=4), Replace("k", 4, 0, [B]))
+    assert (await refused(engine, replace(edit, allow_appends=False))).reason == "REVISION_CONFLICT"
+    answer = await done(engine, edit)
+    assert (answer.message_count, answer.last_consolidated) == (4, 4)
+    assert await lines(engine, "k") == [D, C, A, B]
+    assert (await refused(engine, edit)).reason == "REVISION_CONFLICT"  # its own change was no append
+    for step in (Pop("k"), Replace("k", 0, 0, [B])):
+        seen = (await read(engine, "k")).head.revision
+        await done(engine, step)
+        stale = Replace("k", 0, 1, [], seen, allow_appends=True)
+        assert (await refused(engine, stale)).reason == "REVISION_CONFLICT"
+    await submit(engine, Delete("k"), Append("k", [A, B, C]))
+    assert (await refused(engine, edit)).reason == "REVISION_CONFLICT"
 
 
 async def test_pop_gives_the_last_message_until_there_is_none(engine: Engine) -> None:

@@ -132,6 +132,9 @@ def test_what_a_reader_holds_and_its_tail_make_the_session(steps: list[Mutation]
                 start = tail_start(head, revision, len(held))
                 assert held[:start] + lines[start:] == lines
                 assert start == (len(held) if additions_only else 0), "the tail is longer than it must be"
+                edit = Replace(key, 0, len(held), [b'{"edited": 1}'], revision, allow_appends=True)
+                outcome = decide(head, edit, revision=head.revision + 1, now_us=1).outcome
+                assert isinstance(outcome, Answer) == additions_only, "an edit beside appends only is taken"
 
 
 @pytest.mark.parametrize(
@@ -160,6 +163,10 @@ def test_refusals_carry_the_documented_metadata_and_a_sentence() -> None:
         (None, Create("k", expected_revision=3), "REVISION_CONFLICT"),
         (None, Append("k", [b"{}"], expected_revision=3), "REVISION_CONFLICT"),
         (HEAD, Append("k", [b"{}"], expected_revision=0), "REVISION_CONFLICT"),
+        (HEAD, Replace("k", 0, 1, [], expected_revision=8), "REVISION_CONFLICT"),
+        (HEAD, Replace("k", 0, 1, [], expected_revision=7, allow_appends=True), "REVISION_CONFLICT"),
+        (HEAD, Replace("k", 0, 1, [], expected_revision=11, allow_appends=True), "REVISION_CONFLICT"),
+        (None, Replace("k", 0, 1, [], expected_revision=8, allow_appends=True), "SESSION_NOT_FOUND"),
         (None, Create("k", last_consolidated=1), "LAST_CONSOLIDATED_OUT_OF_RANGE"),
         (None, Create("k", create_time_us=5_001), "ARGUMENT_INVALID"),
         (HEAD, Replace("k", 5, None, []), "INDEX_OUT_OF_RANGE"),

@@ -30,6 +30,7 @@ MUTATIONS = [
     v1.AppendMessagesRequest(key="k", messages=b'{"a":1}\n', expected_revision=0),
     v1.ReplaceMessagesRequest(key="k", start=2, delete_count=0, messages=b"{}\n", expected_revision=9),
     v1.ReplaceMessagesRequest(key="k"),
+    v1.ReplaceMessagesRequest(key="k", delete_count=1, expected_revision=9, allow_appends=True),
     v1.PopMessageRequest(key="k", expected_revision=9),
     v1.UpdateSessionRequest(
         key="k",
@@ -47,6 +48,7 @@ EXPECTED = [
     rules.Append("k", [b'{"a":1}'], 0),
     rules.Replace("k", 2, 0, [b"{}"], 9),
     rules.Replace("k", 0, None, []),
+    rules.Replace("k", 0, 1, [], 9, True),
     rules.Pop("k", 9),
     rules.Update("k", None, {"a.b": b"[1.10]", "gone": None}, 4),
     rules.Update("k", b'{"x":1}', {}, None),
@@ -121,6 +123,16 @@ def test_metadata_may_be_larger_than_a_message():
     small = Bounds(messages=requests.codec.Limits(message_bytes_max=10))
     message = v1.CreateSessionRequest(key="k", metadata=b'{"a": "%s"}' % (b"x" * 100))
     assert isinstance(to_request(message, small).mutation, rules.Create)
+
+
+@pytest.mark.parametrize("missing", ["expected_revision", "delete_count"])
+def test_allow_appends_says_what_it_is_about(missing: str):
+    message = v1.ReplaceMessagesRequest(key="k", delete_count=1, expected_revision=9, allow_appends=True)
+    message.ClearField(missing)
+    with pytest.raises(Refused) as told:
+        to_request(message, BOUNDS)
+    assert told.value.refusal.reason == "ARGUMENT_INVALID"
+    assert told.value.refusal.metadata == {"field": "allow_appends", "detail": f"{missing} is missing"}
 
 
 @pytest.mark.parametrize("seconds", [-62_135_596_800, 253_402_300_799])
