@@ -190,8 +190,9 @@ def unseen(held: Held) -> Operation[Unseen]:
     """What a refused writer has not seen."""
     tail = yield from read(held)
     if tail is None:
-        return Unseen(0, 0, [])
-    return Unseen(tail.head.revision, tail.start, [decode(line) for line in tail.lines])
+        return Unseen(0, 0, [], rewritten=held.count > 0)
+    messages = [decode(line) for line in tail.lines]
+    return Unseen(tail.head.revision, tail.start, messages, rewritten=tail.start < held.count)
 
 
 def head(key: str) -> Operation[Head | None]:

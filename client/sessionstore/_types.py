@@ -77,14 +77,22 @@ class Appended:
 class Unseen:
     """What a refused writer has not seen.
 
-    ``messages`` are the session's messages from index ``start`` on, at ``revision`` (0 if it does not exist).
-    If ``start`` is 0 although the writer held messages, those were rewritten, and ``messages`` is all
-    there is.
+    ``messages`` are the session's messages from index ``start`` on, at ``revision``. If what the writer held
+    was rewritten, no tail would be right: then ``rewritten`` is set, ``start`` is 0, and ``messages`` is all
+    there is. It is all there is for a writer without a handle, too, who held nothing.
     """
 
     revision: int
+    """0 if the session does not exist any more."""
     start: int
     messages: list[Message]
+    rewritten: bool = False
+    """Whether the session does not begin any more with the messages that the writer held."""
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is such a session."""
+        return self.revision > 0
 
 
 @dataclass(frozen=True, slots=True)

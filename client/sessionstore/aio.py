@@ -14,10 +14,11 @@ from typing import Self
 
 from sessionstore import _operations as ops
 from sessionstore._adriver import AsyncDriver
+from sessionstore._editing import EditFunction, begin, edit, store
 from sessionstore._snapshot import Snapshot, absent, joined
 from sessionstore._targets import resolve_targets, resolve_timeout_s
 from sessionstore._types import Appended, Head, Message, MessageInput, OrderBy, ServerInfo, Written
-from sessionstore.session import BaseHandle, EditFunction, load
+from sessionstore.session import BaseHandle, load
 
 AsyncHeads = AsyncIterator[Head]
 Messages = list[Message]  # `list` means a method below
@@ -104,9 +105,7 @@ class AsyncSessionStore:
         self, key: str, function: EditFunction, *, attempts: int = 100
     ) -> "AsyncSessionHandle":
         """As `SessionStore.edit`; `function` is a plain function."""
-        handle = await self.session(key)
-        await self._driver.run(handle._edit(function, attempts))
-        return handle
+        return await self._driver.run(edit(await self.session(key), function, attempts))
 
     async def info(self) -> ServerInfo:
         """As `SessionStore.info`."""
@@ -139,11 +138,14 @@ class AsyncSessionHandle(BaseHandle):
         messages: Iterable[MessageInput],
         *,
         expected_revision: int | None = None,
+        allow_appends: bool = False,
         request_id: str | None = None,
     ) -> Written:
         """As `SessionHandle.replace`."""
         lines = ops.encode(messages)
-        return await self._run(self._replace(start, delete_count, lines, expected_revision, request_id))
+        return await self._run(
+            self._replace(start, delete_count, lines, expected_revision, request_id, allow_appends)
+        )
 
     async def clear(
         self, *, expected_revision: int | None = None, request_id: str | None = None
@@ -185,6 +187,6 @@ class AsyncSessionHandle(BaseHandle):
     @asynccontextmanager
     async def edit(self) -> AsyncIterator[Messages]:
         """As `SessionHandle.edit`: ``async with session.edit() as messages:``."""
-        draft = self._draft()
+        draft = begin(self)
         yield draft.messages
-        await self._run(self._write_draft(draft, draft.messages))
+        await self._run(store(self, draft, draft.messages))

@@ -11,10 +11,11 @@ from typing import Self
 
 from sessionstore import _operations as ops
 from sessionstore._driver import Driver
+from sessionstore._editing import EditFunction, begin, edit, store
 from sessionstore._snapshot import Snapshot, absent, joined
 from sessionstore._targets import resolve_targets, resolve_timeout_s
 from sessionstore._types import Appended, Head, Message, MessageInput, OrderBy, ServerInfo, Written
-from sessionstore.session import BaseHandle, EditFunction, load
+from sessionstore.session import BaseHandle, load
 
 Heads = Iterator[Head]  # `list` means a method below
 
@@ -141,15 +142,18 @@ class SessionStore:
         """Change a session's messages with a function, again after each conflict. Durable when it returns.
 
         `function` gets the messages as a list of its own, and gives the new list, or None if it changed
-        that one in place. It is called again with newer messages if somebody else wrote in between, so it
-        should do nothing else. What it gives is stored only if nobody did. A list that did not change
-        stores nothing.
+        that one in place. It may be called more than once, with newer messages each time, so it should do
+        nothing but compute. A list that did not change stores nothing, and neither does an exception.
 
-        Returns a handle on the session as it then is. Raises ConflictError after so many `attempts`.
+        An edit that leaves the last message alone, such as trimming the front or putting a summary there,
+        is stored although others append meanwhile; what they appended stands behind it. Any other is
+        stored only if nobody wrote since the messages were read. Nobody's message is ever lost.
+
+        Returns a handle on the session as it then is. Raises ConflictError after so many `attempts`, with
+        what the function gave last as `edited`; beside steady writers, an edit at the end may come to that.
+        The `retry` of an OutcomeUnknownError goes on with the edit.
         """
-        handle = self.session(key)
-        self._driver.run(handle._edit(function, attempts))
-        return handle
+        return self._driver.run(edit(self.session(key), function, attempts))
 
     def info(self) -> ServerInfo:
         """What serves: version, store, durability, limits."""
@@ -197,16 +201,22 @@ class SessionHandle(BaseHandle):
         messages: Iterable[MessageInput],
         *,
         expected_revision: int | None = None,
+        allow_appends: bool = False,
         request_id: str | None = None,
     ) -> Written:
         """Remove `delete_count` messages (None: all) from index `start` on, and put `messages` there.
 
-        Give `expected_revision` if the indexes come from a snapshot. `last_consolidated` is lowered to
-        the number of messages that remain. Raises InvalidArgumentError if the range is not within the
-        session, NotFoundError.
+        Give `expected_revision` if the indexes come from a snapshot. With `allow_appends` the session may
+        have gone on from that revision, as long as messages were only added at its end: they stay, and the
+        indexes mean the same messages. It needs `expected_revision` and `delete_count`.
+
+        `last_consolidated` is lowered to the number of messages that remain. Raises InvalidArgumentError if
+        the range is not within the session, NotFoundError.
         """
         lines = ops.encode(messages)
-        return self._run(self._replace(start, delete_count, lines, expected_revision, request_id))
+        return self._run(
+            self._replace(start, delete_count, lines, expected_revision, request_id, allow_appends)
+        )
 
     def clear(self, *, expected_revision: int | None = None, request_id: str | None = None) -> Written:
         """Remove all messages; the session and its metadata stay. Raises NotFoundError."""
@@ -263,9 +273,10 @@ class SessionHandle(BaseHandle):
     def edit(self) -> Iterator[list[Message]]:
         """The messages as a plain list that is yours; what you made of it is stored at the end of the block.
 
-        Stored only if the session is still at the snapshot's revision; else ConflictError, and nothing
-        was stored (`SessionStore.edit` tries again by itself). An exception in the block stores nothing.
+        Stored only if the session is still at the snapshot's revision; else ConflictError, and nothing was
+        stored: your list is its `edited`, and its `fetch` gives what you have not seen (`SessionStore.edit`
+        tries again by itself). An exception in the block stores nothing.
         """
-        draft = self._draft()
+        draft = begin(self)
         yield draft.messages
-        self._run(self._write_draft(draft, draft.messages))
+        self._run(store(self, draft, draft.messages))

@@ -60,7 +60,7 @@ class SessionStoreError(Exception):
     def __str__(self) -> str:
         return self.text
 
-    def __reduce__(self) -> tuple[type["SessionStoreError"], tuple[str, str, dict[str, str]]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.text, self.reason, self.metadata)
 
     def _number(self, name: str) -> int:
@@ -139,8 +139,14 @@ class ConflictError(_ContinuableError):
     """The session is not at the expected revision: somebody else changed it. Nothing was stored.
 
     Read the session again (`fetch`, or the handle's `refresh`), then decide. Sending the same again does
-    not help.
+    not help. ``edited`` is what an edit would have stored: for a block, the very list that it gave out, with
+    all that was done to it; None for other changes. A pickled copy has it, too.
     """
+
+    edited: list[Any] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return *super().__reduce__(), {"edited": self.edited}
 
     @property
     def key(self) -> str:
@@ -165,7 +171,10 @@ class ConflictError(_ContinuableError):
     def fetch(self) -> Any:
         """Read what the refused writer has not seen: an `Unseen`; on an async client, an awaitable of one.
 
-        The handle is left as it is. Raises UnavailableError and DataLossError.
+        Nothing is read before this is called, and each call reads anew. If what the writer held was
+        rewritten, it gives everything and says so (`rewritten`); if the session was removed, it gives no
+        messages and says so (`exists`). The handle is left as it is. Raises UnavailableError and
+        DataLossError.
         """
         return self._go_on()
 

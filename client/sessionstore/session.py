@@ -18,10 +18,10 @@ Operations on a handle are generators, as in `_operations`. This module must not
 schedules or event loops; it takes a lock only around plain computation.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from typing import Protocol, Self, cast
 
@@ -37,24 +37,11 @@ from sessionstore._snapshot import (
     Snapshot,
     absent,
     advanced,
-    difference,
     joined,
 )
 from sessionstore._types import Appended, Head, Message, MessageInput, Remove, Written
-from sessionstore.errors import ConflictError, SessionStoreError, error_for
+from sessionstore.errors import SessionStoreError, error_for
 from sessionstore.v1 import session_pb2
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """The plain list that an edit gives out, and what it was made of."""
-
-    base: Snapshot
-    messages: list[Message]
-
-
-# Gets a list that is its own; gives the new list, or None if it changed that one in place.
-EditFunction = Callable[[list[Message]], Sequence[MessageInput] | None]
 
 
 class Owner(Protocol):
@@ -221,8 +208,14 @@ class BaseHandle:
     # --------------------------------------------------------------------------------------- operations
 
     def _append(
-        self, lines: Sequence[bytes], expected_revision: int | None, request_id: str | None
+        self,
+        lines: Sequence[bytes],
+        expected_revision: int | None,
+        request_id: str | None,
+        *,
+        held: Held | None = None,
     ) -> Operation[Appended]:
+        """Append; `held` is what its author has seen, if that is not the snapshot."""
         request = pb.AppendMessagesRequest(
             key=self.key,
             request_id=ops.text("request_id", request_id or ""),
@@ -235,7 +228,7 @@ class BaseHandle:
             yield from self._settle(result, lambda _: Effect(reply.first_index, 0, lines))
             return Appended(result.revision, reply.first_index, result.message_count, result.replayed)
 
-        return ops.change(ops.APPEND, request, self._snapshot.held, finish)
+        return ops.change(ops.APPEND, request, held or self._snapshot.held, finish)
 
     def _replace(
         self,
@@ -244,7 +237,11 @@ class BaseHandle:
         lines: Sequence[bytes],
         expected_revision: int | None,
         request_id: str | None,
+        allow_appends: bool = False,
+        *,
+        held: Held | None = None,
     ) -> Operation[Written]:
+        """Replace a range; `held` as for `_append`."""
         request = pb.ReplaceMessagesRequest(
             key=self.key,
             request_id=ops.text("request_id", request_id or ""),
@@ -252,6 +249,7 @@ class BaseHandle:
             start=ops.integer("start", start),
             delete_count=ops.optional("delete_count", delete_count),
             messages=codec.join(lines),
+            allow_appends=bool(allow_appends),
         )
 
         def effect(before: Snapshot) -> Effect:
@@ -261,7 +259,7 @@ class BaseHandle:
             yield from self._settle(reply.result, effect)
             return ops.written(reply.result)
 
-        return ops.change(ops.REPLACE, request, self._snapshot.held, finish)
+        return ops.change(ops.REPLACE, request, held or self._snapshot.held, finish)
 
     def _pop(self, expected_revision: int | None, request_id: str | None) -> Operation[Message]:
         request = pb.PopMessageRequest(
@@ -335,41 +333,6 @@ class BaseHandle:
             return ops.done(ops.written(reply.result))
 
         return ops.delete(self._snapshot.held, expected_revision, request_id, finish)
-
-    # -------------------------------------------------------------------------------------------- edit
-
-    def _draft(self) -> Draft:
-        base = self._snapshot
-        return Draft(base, [ops.decode(line) for line in base.lines.since(0)])
-
-    def _write_draft(self, draft: Draft, edited: Sequence[MessageInput]) -> Operation[None]:
-        """Store an edited list, if it differs and if the session is still what it was made of."""
-        found = difference(draft.base.lines.since(0), edited)
-        if found is None:
-            return
-        start, delete_count, lines = found
-        expected = draft.base.revision
-        if start == draft.base.lines.count:
-            yield from self._append(lines, expected, None)
-        else:
-            yield from self._replace(start, delete_count, lines, expected, None)
-
-    def _edit(self, function: EditFunction, attempts: int) -> Operation[None]:
-        """Edit with a function, again after each conflict."""
-        if ops.integer("attempts", attempts) < 1:
-            raise ops.invalid("attempts", "must be 1 or more")
-        for left in reversed(range(attempts)):
-            draft = self._draft()
-            edited = function(draft.messages)
-            try:
-                yield from self._write_draft(
-                    draft, draft.messages if edited is None else ops.sequence("function", edited)
-                )
-                return
-            except ConflictError:
-                if not left:
-                    raise
-            yield from self._refresh()
 
 
 def load(key: str) -> Operation[Snapshot]:

@@ -13,6 +13,7 @@ from daemons import Daemon, wait_until
 from scripted import Scripted, refuse
 from sessionstore import SessionStore, _adriver, _driver, codec
 from sessionstore._operations import INFO
+from sessionstore._snapshot import difference
 from sessionstore.errors import (
     ConflictError,
     InvalidArgumentError,
@@ -20,7 +21,6 @@ from sessionstore.errors import (
     TooLargeError,
     UnavailableError,
 )
-from sessionstore.session import difference
 from sessionstore.v1 import session_pb2
 from sessionstore.v1 import session_store_pb2 as pb
 

@@ -387,11 +387,12 @@ def test_a_stale_revision_conflicts_and_the_tail_can_be_fetched(store: Any, othe
     theirs.replace(0, None, [user("new")])
     with pytest.raises(ConflictError) as told:
         handle.append(user("x"), expected_revision=stale)
-    assert told.value.fetch() == Unseen(theirs.revision, 0, [user("new")])
+    assert told.value.fetch() == Unseen(theirs.revision, 0, [user("new")], rewritten=True)
     theirs.delete()
     with pytest.raises(ConflictError) as told:
         handle.append(user("x"), expected_revision=stale)
-    assert (told.value.revision, told.value.fetch()) == (0, Unseen(0, 0, []))
+    assert (told.value.revision, told.value.fetch()) == (0, Unseen(0, 0, [], rewritten=True))
+    assert not told.value.fetch().exists
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sessionstore import codec
+from sessionstore import _editing, codec
 from sessionstore._operations import Tail
 from sessionstore._snapshot import Effect, Lines, absent, difference, joined
 from sessionstore._types import Head
@@ -148,6 +148,6 @@ def test_messages_are_read_once_and_kept() -> None:
 def test_a_change_to_a_dict_of_the_snapshot_is_never_stored() -> None:
     mine = handle(1, 1, 2)
     mine.messages[0]["n"] = "changed against the rules"
-    draft = mine._draft()
+    draft = _editing.begin(mine)
     assert draft.messages[0] == {"n": 1}
     assert difference(draft.base.lines.since(0), draft.messages) is None
