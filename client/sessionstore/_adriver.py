@@ -144,6 +144,9 @@ class AsyncDriver:
             )
         if self._connection.closed:
             raise RuntimeError("this AsyncSessionStore is closed")
+        self._check_loop()
+
+    def _check_loop(self) -> None:
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop = loop
@@ -177,9 +180,15 @@ class AsyncDriver:
     async def close(self) -> None:
         """Wait a little for what was begun, then disconnect. Again, or in a forked child: nothing.
 
+        Belongs on the client's loop, as long as that is not closed; else RuntimeError, and nothing is closed.
         What follows an acknowledged write must not deny it: so whole operations are waited for, not calls.
         """
         if self._connection.closed or self._pid != os.getpid():
+            return
+        if self._loop is None or not self._loop.is_closed():
+            self._check_loop()
+        elif self._under_way:  # and never ends; grpc cannot even cancel it, so the channel stays as it is
+            self._connection.closed = True
             return
         self._connection.closed = True
         try:

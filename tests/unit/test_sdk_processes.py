@@ -2,37 +2,14 @@
 
 import asyncio
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
-from daemons import Daemon, clean_environment, wait_until
+from daemons import Daemon, wait_until
+from processes import output, python
 from sessionstore import AsyncSessionStore, SessionStore, session
-
-TESTS = str(Path(__file__).parent.parent)
-
-
-def python(code: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=clean_environment() | {"PYTHONPATH": TESTS}, **pipes, **options)
-
-
-def output(process: subprocess.Popen[str], timeout_s: float = 300.0) -> str:
-    """What it wrote to stdout; fails if it failed or wrote to stderr."""
-    try:
-        out, err = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        out, err = process.communicate()
-        pytest.fail(f"it hung; stdout: {out} stderr: {err}")
-    assert (process.returncode, err) == (0, ""), out + err
-    return out
 
 
 def test_forked_children_go_on_with_their_own_identity(shared_daemon: Daemon, key: str) -> None:
@@ -78,6 +55,87 @@ def test_forked_children_go_on_with_their_own_identity(shared_daemon: Daemon, ke
     """
     told = output(python(code, shared_daemon.address, key)).splitlines()
     assert told == ["0"] * 8 + [str([-1, *(n for n in range(8) for _ in range(2))])]
+
+
+def test_a_pre_fork_server_shares_a_store_and_its_handles(shared_daemon: Daemon, key: str) -> None:
+    """Four workers at once, while their parent goes on, and after they ended; no identity is used twice."""
+    code = """
+        import json, os, sys, threading
+        from proxies import Proxy
+        from sessionstore import ConflictError, OutcomeUnknownError, SessionStore
+        target, key, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+        proxy = Proxy(target)
+        store = SessionStore(proxy.address, timeout=200)
+        shared, log = store.session(key), store.session(key + "/log")
+        shared.append({"by": "parent", "n": -1})
+        log.append({"by": "parent"})
+        try:
+            log.append({}, expected_revision=0)
+        except ConflictError as error:
+            conflict = error
+        # A call of the parent that nobody answers before the fork.
+        proxy.swallow("from_daemon")
+        store._driver._timeout_s = 0.5
+        try:
+            log.append({"by": "unknown"})
+        except OutcomeUnknownError as error:
+            unknown = error
+        store._driver._timeout_s = 200
+        proxy.heal()
+        sent = []
+        def remember(connection):
+            send = connection.send
+            def sending(rpc, timeout_s):
+                if rpc.method.mutates:
+                    call = rpc.identity()
+                    sent.append((call.client_id, call.sequence))
+                return send(rpc, timeout_s)
+            connection.send = sending
+        def work(by):
+            remember(store._driver._connection)
+            own = store.session(key)
+            for n in range(count):
+                (shared if n % 2 else own).append({"by": by, "n": n})
+            store.edit(key + "/edited/" + by, lambda messages: [*messages, {"by": by}])
+            assert conflict.fetch().messages[0] == {"by": "unknown"}, conflict.fetch()
+            return sorted({tuple(each) for each in sent})
+        readers = []
+        for number in range(4):
+            reader, writer = os.pipe()
+            if os.fork() == 0:
+                told = work(f"worker{number}")
+                assert unknown.retry().first_index == 1
+                with open(writer, "w") as pipe:
+                    json.dump(told, pipe)
+                store.close()
+                os._exit(0)
+            os.close(writer)
+            readers.append(reader)
+        identities = [work("parent")]
+        for reader in readers:
+            with open(reader) as pipe:
+                identities.append(json.load(pipe))
+        print([os.wait()[1] for _ in readers])
+        assert unknown.retry().first_index == 1
+        shared.append({"by": "parent", "n": count})
+        print(len({client for each in identities for client, _ in each}))
+        print(len({tuple(call) for each in identities for call in each}) == sum(map(len, identities)))
+        print(log.refresh().message_count)
+        store.close()
+        proxy.close()
+    """
+    count = 40
+    told = output(python(code, shared_daemon.address, key, str(count))).splitlines()
+    assert told == ["[0, 0, 0, 0]", "5", "True", "2"]
+    writers = ["parent", *(f"worker{number}" for number in range(4))]
+    with SessionStore(shared_daemon.address, timeout=100) as store:
+        stored = store.session(key).messages
+        edited = [store.session(f"{key}/edited/{by}").messages for by in writers]
+    assert edited == [({"by": by},) for by in writers]
+    assert len(stored) == 5 * count + 2
+    for by in writers:
+        numbers = [m["n"] for m in stored if m["by"] == by]
+        assert numbers == (list(range(-1, count + 1)) if by == "parent" else list(range(count)))
 
 
 def test_workers_of_a_forking_pool_share_a_store(shared_daemon: Daemon, key: str) -> None:
