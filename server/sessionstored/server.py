@@ -33,7 +33,6 @@ from sessionstored.service import LARGE_REPLIES, SERVICE, SessionStoreServicer
 EXIT_OK = 0
 EXIT_CANNOT_START = 1
 EXIT_STORAGE_FAILED = 3
-EXIT_NOT_OPENED = 128 + signal.SIGTERM
 # A request up to this many times the largest batch is read, so that it can be refused by name.
 _RECEIVED_BATCHES_MAX = 2
 _MESSAGE_LENGTH_MAX = (1 << 31) - 1
@@ -60,6 +59,13 @@ _OPENING_S_MAX = 2.0
 _STOPPING = Refusal("SHUTTING_DOWN", "the daemon is stopping; watch again from your last cursor")
 
 _log = logging.getLogger(__name__)
+
+
+class _Stop(asyncio.Event):
+    """Set once the daemon is to stop."""
+
+    number = signal.SIGTERM
+    """The signal that said so."""
 
 
 async def serve(
@@ -98,7 +104,7 @@ async def serve(
     return await daemon.run(stop)
 
 
-async def _opened(config: Config, stop: asyncio.Event, *, accept_loss: bool) -> Engine:
+async def _opened(config: Config, stop: _Stop, *, accept_loss: bool) -> Engine:
     """The store. A stop that comes while it is opened waits for it a little, and then ends the process.
 
     That is as kill -9 is: recovery may take long, cannot be interrupted, and begins anew at the next start.
@@ -110,7 +116,7 @@ async def _opened(config: Config, stop: asyncio.Event, *, accept_loss: bool) -> 
     await asyncio.wait((opening,), timeout=_OPENING_S_MAX)
     if not opening.done():
         _log.critical("stopped while the store was being opened: ending without a clean stop")
-        os._exit(EXIT_NOT_OPENED)
+        os._exit(128 + stop.number)
     return opening.result()
 
 
@@ -145,15 +151,16 @@ def _connections_max(addresses: int) -> int:
     return max(1, soft // 2 // addresses)
 
 
-def _stop_on_signals() -> asyncio.Event:
+def _stop_on_signals() -> _Stop:
     """An event that the first SIGTERM or SIGINT sets; the second one ends the process at once."""
-    stop = asyncio.Event()
+    stop = _Stop()
 
     def handle(number: signal.Signals) -> None:
         if stop.is_set():
             _log.critical("%s again: ending without a clean stop", number.name)
             os._exit(128 + number)
         _log.info("%s: stopping", number.name)
+        stop.number = number
         stop.set()
 
     loop = asyncio.get_running_loop()
@@ -226,7 +233,7 @@ class _Daemon:
         await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         await self._server.start()
 
-    async def run(self, stop: asyncio.Event) -> int:
+    async def run(self, stop: _Stop) -> int:
         """Serve until told to stop, or until storage fails. Returns the exit code."""
         stopping = asyncio.create_task(stop.wait())
         failing = asyncio.create_task(self._engine.failed())

@@ -506,7 +506,7 @@ def test_a_signal_while_the_store_is_being_opened_ends_it_soon(make_daemon, tmp_
             stdout, stderr = process.communicate(timeout=60)  # long before the store is open
         finally:
             process.kill()
-    assert (process.returncode, stdout) == (143, "")
+    assert (process.returncode, stdout) == (128 + number, "")
     assert "stopped while the store was being opened" in stderr
     assert make_daemon(tmp_path / "data", store="jsonl").start().terminate() == 0
 
