@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from sessionstore._calls import Attempts, Window, age_clock, too_many_calls
+from sessionstore._calls import BATCH_BYTES_MAX, Attempts, Window, age_clock, too_many_calls
 from sessionstore._driver import (
     DRAIN_S,
     PROBE_S,
@@ -42,6 +42,7 @@ class AsyncConnection:
         self._calls: dict[str, Any] = {}
         self._ready = False
         self.closed = False
+        self.batch_bytes_max = BATCH_BYTES_MAX
 
     async def ready(self, timeout_s: float) -> bool:
         """Wait until a daemon answers; False if none does in time."""
@@ -66,7 +67,8 @@ class AsyncConnection:
         patience_s = PROBE_S if alone else TARGET_PATIENCE_S
         begun_s = time.monotonic()
         try:
-            await self._calls[INFO.name](INFO.request(), timeout=patience_s, wait_for_ready=alone)
+            info = await self._calls[INFO.name](INFO.request(), timeout=patience_s, wait_for_ready=alone)
+            self.batch_bytes_max = info.limits.batch_bytes_max or BATCH_BYTES_MAX
             return True
         except grpc.RpcError as error:
             if answered(error):
@@ -224,7 +226,7 @@ class AsyncDriver:
                     connection.lost()
                 if connection.closed:
                     attempts.stop()
-                delay_s = attempts.failed(failure, time.monotonic())
+                delay_s = attempts.failed(failure, time.monotonic(), connection.batch_bytes_max)
             except ChannelGoneError:
                 connection.lost()
                 continue

@@ -41,9 +41,8 @@ from sessionstore.errors import (
 
 CALLS_MAX = 1024
 AGE_MAX_S = 24 * 3600.0
-# A batch's limit, unless the daemon is configured otherwise. What the transport refuses above it is refused
-# for its size, not for a busy moment.
-_REQUEST_BYTES_MAX = DEFAULT_LIMITS.batch_bytes_max
+BATCH_BYTES_MAX = DEFAULT_LIMITS.batch_bytes_max
+"""A batch's limit, until the daemon has told its own."""
 _BACKOFF_FIRST_S = 0.05
 _BACKOFF_MAX_S = 1.0
 
@@ -203,8 +202,13 @@ class Attempts:
         """The client was closed: no attempt follows."""
         self._deadline_s = -inf
 
-    def failed(self, error: SessionStoreError, now_s: float) -> float:
+    def failed(
+        self, error: SessionStoreError, now_s: float, batch_bytes_max: int = BATCH_BYTES_MAX
+    ) -> float:
         """What follows a failed attempt: seconds to wait before the next one.
+
+        What the transport refuses above the daemon's limit of a batch is refused for its size, not for a
+        busy moment.
 
         Raises the error that the call ends with, if it ends.
         """
@@ -212,8 +216,8 @@ class Attempts:
         unknown_before = rpc.maybe_applied
         if rpc.method.mutates and reason in _LOST | _ENDED_UNKNOWN:
             rpc.maybe_applied = True
-        if reason == "GRPC_RESOURCE_EXHAUSTED" and rpc.request.ByteSize() > _REQUEST_BYTES_MAX:
-            raise _too_large(error, rpc.request.ByteSize())
+        if reason == "GRPC_RESOURCE_EXHAUSTED" and rpc.request.ByteSize() > batch_bytes_max:
+            raise _too_large(error, rpc.request.ByteSize(), batch_bytes_max)
         self._failed += 1
         self._last = error
         delay_s = min(_BACKOFF_MAX_S, _BACKOFF_FIRST_S * 2.0 ** min(self._failed - 1, 10))
@@ -265,12 +269,12 @@ def _expired(error: SessionStoreError, *, sent_before: bool) -> CallExpiredError
     return expired
 
 
-def _too_large(error: SessionStoreError, size_bytes: int) -> SessionStoreError:
+def _too_large(error: SessionStoreError, size_bytes: int, limit_bytes: int) -> SessionStoreError:
     text = (
-        f"the request has {size_bytes} bytes, more than the daemon takes; the limit of a batch is "
-        f"{_REQUEST_BYTES_MAX} unless it is configured (info() tells). Send it in parts. {error}"
+        f"the request has {size_bytes} bytes, more than the daemon takes; its limit of a batch is "
+        f"{limit_bytes}. Send it in parts. {error}"
     )
-    metadata = {"size_bytes": str(size_bytes), "limit_bytes": str(_REQUEST_BYTES_MAX)}
+    metadata = {"size_bytes": str(size_bytes), "limit_bytes": str(limit_bytes)}
     found = error_for("BATCH_TOO_LARGE", text, metadata)
     found.__cause__ = error
     return found

@@ -14,7 +14,14 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from sessionstore._calls import Attempts, Ticket, Window, age_clock, too_many_calls
+from sessionstore._calls import (
+    BATCH_BYTES_MAX,
+    Attempts,
+    Ticket,
+    Window,
+    age_clock,
+    too_many_calls,
+)
 from sessionstore._fork import Forkable, enable_fork_support, inside_grpc, watch
 from sessionstore._operations import INFO, METHODS, Operation, Rpc, Value
 from sessionstore._targets import OPTIONS, grpc_target
@@ -43,6 +50,7 @@ class Connection:
         self._calls: dict[str, Any] = {}
         self._ready = False
         self.closed = False
+        self.batch_bytes_max = BATCH_BYTES_MAX
 
     def ready(self, timeout_s: float) -> bool:
         """Wait until a daemon answers; False if none does in time."""
@@ -72,7 +80,8 @@ class Connection:
         begun_s = time.monotonic()
         try:
             with inside_grpc():
-                self._calls[INFO.name](INFO.request(), timeout=patience_s, wait_for_ready=alone)
+                info = self._calls[INFO.name](INFO.request(), timeout=patience_s, wait_for_ready=alone)
+            self.batch_bytes_max = info.limits.batch_bytes_max or BATCH_BYTES_MAX
             return True
         except grpc.RpcError as error:
             if answered(error):
@@ -275,7 +284,7 @@ class Driver(Forkable):
                     connection.lost()
                 if connection.closed:
                     attempts.stop()
-                delay_s = attempts.failed(failure, time.monotonic())
+                delay_s = attempts.failed(failure, time.monotonic(), connection.batch_bytes_max)
             except ChannelGoneError:
                 connection.lost()
                 continue

@@ -80,11 +80,13 @@ def grpc_target(target: str) -> str:
         path = target.removeprefix("unix:")
         if not path or "\0" in path:
             raise invalid("target", f"must be unix:PATH, not {target!r}")
-        size_bytes = len(path.encode(errors="surrogateescape").removeprefix(b"//"))
+        # It is a path to us: several slashes are one, and name no host.
+        path = re.sub("^/{2,}", "/", path)
+        size_bytes = len(path.encode(errors="surrogateescape"))
         if size_bytes > _SOCKET_PATH_BYTES_MAX:
             told = f"{size_bytes} bytes, and a socket's path has at most {_SOCKET_PATH_BYTES_MAX}: {target!r}"
             raise invalid("target", f"has a path of {told}")
-        # It is a path to us, and that of a URI to grpc, which would end it at a "?" or "#".
+        # To grpc it is that of a URI, which would end at a "?" or "#".
         return "unix:" + quote(path, errors="surrogateescape")
     match = _HOST_PORT.fullmatch(target)
     if match is None or int(match["port"]) > 65535:

@@ -64,7 +64,7 @@ def _parse_path(text: str) -> Address:
             f"{text!r} is no address: a socket's path has no comma, and no blank at its end: clients take "
             "comma lists of addresses"
         )
-    path = os.path.abspath(path)
+    path = os.path.abspath(_one_slash(path))
     size = len(os.fsencode(path))
     if size > _PATH_BYTES_MAX:
         raise ValueError(
@@ -77,7 +77,12 @@ def grpc_name(text: str) -> str:
     """What gRPC calls an address: it reads the path of a socket as that of a URI, unless it is quoted."""
     if not text.startswith("unix:"):
         return text
-    return "unix:" + quote(os.fsencode(text.removeprefix("unix:")))
+    return "unix:" + quote(os.fsencode(_one_slash(text.removeprefix("unix:"))))
+
+
+def _one_slash(path: str) -> str:
+    """The path with one slash at its beginning instead of several: to gRPC, two would name a host."""
+    return re.sub("^/{2,}", "/", path)
 
 
 def is_loopback(address: Address) -> bool:

@@ -1,5 +1,7 @@
 """The SDK at its edges: a close that meets acknowledged writes, probes that nobody answers, odd arguments."""
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 from clients import driver_of
-from daemons import Daemon, wait_until
+from daemons import Daemon, clean_environment, wait_until
 from scripted import Scripted, refuse
 from sessionstore import SessionStore, _adriver, _driver, codec
 from sessionstore._operations import INFO
@@ -263,6 +265,22 @@ def test_a_socket_path_that_no_socket_can_have_is_refused(open_store: Any, form:
         assert "108 bytes" in str(told.value)
 
 
+@pytest.mark.parametrize("slashes", ["/", "//", "///"])
+def test_slashes_before_a_socket_path_are_one(
+    make_daemon: Any, open_store: Any, tmp_path: Any, slashes: str
+) -> None:
+    """On both sides; to gRPC itself, what follows two is a host."""
+    path = f"{tmp_path}/s"
+    if len(path) > 107:
+        pytest.skip(f"{tmp_path} leaves a socket no room")
+    target = "unix:" + slashes + path.removeprefix("/")
+    daemon = make_daemon(listen=target).start()
+    assert daemon.address == f"unix:{path}"
+    assert open_store(target, timeout=100).session("k").append({"n": 1}).message_count == 1
+    asked = [sys.executable, "-m", "sessionstored", "health", "--target", target]
+    assert subprocess.run(asked, env=clean_environment(), check=False, timeout=60).returncode == 0
+
+
 def test_the_longest_socket_path_works(make_daemon: Any, open_store: Any, tmp_path: Any) -> None:
     room = 107 - len(f"{tmp_path}/")
     if room < 1:
@@ -277,11 +295,23 @@ def test_the_longest_socket_path_works(make_daemon: Any, open_store: Any, tmp_pa
 
 def test_a_request_over_the_transports_limit_tells_the_limit(shared_daemon: Daemon, open_store: Any) -> None:
     messages = [{"text": "x" * (6 << 20)}] * 7
-    with pytest.raises(TooLargeError, match="limit of a batch is 16777216 unless it is configured") as told:
+    with pytest.raises(TooLargeError, match="its limit of a batch is 16777216") as told:
         open_store(shared_daemon.address, timeout=100).create("too large", messages)
     assert told.value.reason == "BATCH_TOO_LARGE"
     assert told.value.metadata["limit_bytes"] == str(16 << 20)
     assert int(told.value.metadata["size_bytes"]) > 42 << 20
+
+
+def test_a_lowered_limit_of_a_batch_is_told_at_once(make_daemon: Any, open_store: Any) -> None:
+    """By the daemon or, for much more, by the transport, which gives no reason; not after the timeout."""
+    daemon = make_daemon(flags=("--batch-bytes-max", "20000", "--metadata-bytes-max", "1000")).start()
+    store = open_store(daemon.address, timeout=1e5)  # who tried again would do so for longer than any test
+    handle = store.session("k")
+    for size in (21_000, 8 << 20):
+        with pytest.raises(TooLargeError) as told:
+            handle.append({"text": "x" * size})
+        assert (told.value.reason, told.value.metadata["limit_bytes"]) == ("BATCH_TOO_LARGE", "20000")
+    assert handle.append({"text": "x" * 10_000}).message_count == 1
 
 
 @pytest.mark.parametrize(
