@@ -59,14 +59,20 @@ def store(
     if found is None:
         return
     start, delete_count, lines = found
+    if start == base.lines.count:
+        write: Operation[object] = handle._append(lines, base.revision, None, held=base.held)
+    else:
+        allow = beside_appends and start + delete_count < base.lines.count
+        write = handle._replace(start, delete_count, lines, base.revision, None, allow, held=base.held)
+    yield from _kept(base, edited, lambda: write)
+
+
+def _kept(
+    base: Snapshot, edited: Sequence[MessageInput], write: Callable[[], Operation[object]]
+) -> Operation[None]:
+    """Make an edit's write; a conflict keeps what was edited, also when an unknown write is sent again."""
     try:
-        if start == base.lines.count:
-            yield from handle._append(lines, base.revision, None, held=base.held)
-        else:
-            within = start + delete_count < base.lines.count
-            yield from handle._replace(
-                start, delete_count, lines, base.revision, None, beside_appends and within, held=base.held
-            )
+        yield from write()
     except ConflictError as error:
         error.edited = edited if isinstance(edited, list) else list(edited)
         raise
@@ -74,6 +80,11 @@ def store(
         conflict = _removed(base, error)
         conflict.edited = edited if isinstance(edited, list) else list(edited)
         raise conflict from error
+    except OutcomeUnknownError as error:
+        again = error._operation
+        assert again is not None  # every change can be sent again
+        error._operation = partial(_kept, base, edited, again)
+        raise
 
 
 def _removed(base: Snapshot, error: NotFoundError) -> ConflictError:

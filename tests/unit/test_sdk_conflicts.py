@@ -332,6 +332,29 @@ def test_the_retry_of_an_edit_goes_on_with_the_edit(
     proxy.close()
 
 
+@pytest.mark.parametrize("removed", [False, True])
+def test_the_retry_of_a_block_that_is_refused_keeps_its_list(
+    store: Any, open_store: Any, shared_daemon: Daemon, key: str, removed: bool
+) -> None:
+    proxy = Proxy(shared_daemon.address)
+    through = open_store(proxy.address)
+    store.create(key, USERS)
+    block = through.session(key).edit()
+    messages = block.__enter__()
+    messages.pop(0)
+    proxy.swallow("from_client")
+    with pytest.raises(OutcomeUnknownError) as unknown, impatient(through, 1.0):
+        block.__exit__(None, None, None)
+    theirs = store.session(key)
+    theirs.delete() if removed else theirs.append(user("theirs"))
+    proxy.heal()
+    with pytest.raises(ConflictError) as told:
+        unknown.value.retry()
+    assert told.value.edited is messages
+    assert told.value.fetch().exists != removed
+    proxy.close()
+
+
 # ------------------------------------------------------------------------------------- nobody loses anything
 
 APPENDER = """
