@@ -7,135 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conversations import (
+    Message,
+    answer,
+    calls,
+    conversations,
+    result,
+    says,
+    seed_window,
+    sessions,
+    user,
+    uses,
+    words,
+)  # fmt: skip
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from legal import complaint
 from sessionstore.history import history, is_user_turn, needs_more, window_start
 
-Message = dict[str, Any]
-
-
-# ------------------------------------------------------------------------------------------------ shorthand
-
-
-def user(content: object = "hi") -> Message:
-    return {"role": "user", "content": content}
-
-
-def says(content: object = "ok") -> Message:
-    return {"role": "assistant", "content": content}
-
-
-def calls(*ids: str, content: object = None) -> Message:
-    functions = [{"id": i, "type": "function", "function": {"name": "f", "arguments": "{}"}} for i in ids]
-    return {"role": "assistant", "content": content, "tool_calls": functions}
-
-
-def result(call_id: str) -> Message:
-    return {"role": "tool", "content": f"r{call_id}", "tool_call_id": call_id, "name": "f"}
-
-
-def words(text: str = "so") -> Message:
-    return {"type": "text", "text": text}
-
-
-def uses(*ids: str, before: tuple[Message, ...] = ()) -> Message:
-    return says([*before, *({"type": "tool_use", "id": i, "name": "f", "input": {}} for i in ids)])
-
-
-def answer(call_id: str) -> Message:
-    return {"type": "tool_result", "tool_use_id": call_id, "content": [words(f"r{call_id}")]}
-
-
-# --------------------------------------------------------------------------------------- what a model wants
-
-
-def complaint(window: list[Message]) -> str | None:
-    """Say what a strict model API would refuse in a window; None if nothing."""
-    waiting: set[tuple[str, str]] = set()
-    for index, message in enumerate(window):
-        if not isinstance(message.get("role"), str):
-            return f"{index} has no role"
-        role, content = message["role"], message["content"]
-        parts = content if isinstance(content, list) else []
-        blocks = [block for block in parts if isinstance(block, dict)]
-        types = [block.get("type") for block in blocks]
-        results = [("block", block["tool_use_id"]) for block in blocks if block.get("type") == "tool_result"]
-        if role == "tool":
-            results.append(("function", message["tool_call_id"]))
-        if "tool_result" in types and role != "user":
-            return f"{index} holds results, but is no user message"
-        if len(set(results)) != len(results) or not waiting.issuperset(results):
-            return f"{index} holds a result that no call waits for"
-        if types[: types.count("tool_result")] != ["tool_result"] * types.count("tool_result"):
-            return f"{index} does not begin with its results"
-        waiting -= set(results)
-        only_results = role == "tool" or (bool(results) and len(results) == len(parts))
-        if waiting and not only_results:
-            return f"{index} comes before the results of a call"
-        made = [("block", block["id"]) for block in blocks if block.get("type") == "tool_use"]
-        made += [("function", call["id"]) for call in message.get("tool_calls", [])]
-        if made and role != "assistant":
-            return f"{index} calls, but is no assistant"
-        if len(set(made)) != len(made) or message.get("tool_calls") == []:
-            return f"{index} has calls with one id, or none"
-        waiting |= set(made)
-    return f"unanswered at the end: {waiting}" if waiting else None
-
-
-def test_the_judge_of_windows_finds_faults() -> None:
-    faults: list[list[Message]] = [
-        [{"content": ""}],
-        [user(), result("1")],
-        [user(), calls("1")],
-        [user(), calls("1"), says(), result("1")],
-        [user(), calls("1", "2"), result("1"), user()],
-        [user(), calls("1"), result("1"), result("1")],
-        [user(), uses("1"), user([words(), answer("1")])],
-        [user(), uses("1"), says([answer("1")])],
-        [user(), calls("1", "1"), result("1")],
-        [user([{"type": "tool_use", "id": "1"}])],
-        [user(), calls()],
-    ]
-    assert [complaint(window) for window in faults if complaint(window) is None] == []
-    assert complaint([user(), calls("1", "2"), result("2"), result("1"), says()]) is None
-    assert complaint([user(), uses("1"), user([answer("1"), words()]), says()]) is None
-
-
 # -------------------------------------------------------------------------- conversations as they should be
-
-
-def plain_window(messages: list[Message], last_consolidated: int, max_messages: int) -> list[Message]:
-    """The last messages, from the first user's on, cut to the fields that models know."""
-    tail = messages[last_consolidated:][-max_messages:]
-    users = [index for index, message in enumerate(tail) if message["role"] == "user"]
-    fields = ("role", "content", "tool_calls", "tool_call_id", "name")
-    return [{name: m[name] for name in fields if name in m} for m in tail[min(users, default=0) :]]
-
-
-@st.composite
-def conversations(draw: st.DrawFn) -> list[Message]:
-    """A user's words, rounds of calls with all their results, an assistant's last word; ids may be reused."""
-    anthropic = draw(st.booleans())
-    reuse = draw(st.booleans())
-    messages: list[Message] = []
-    number = 0
-    for _ in range(draw(st.integers(0, 5))):
-        messages.append(user(draw(st.sampled_from(["hi", "", [words()]]))))
-        for count in draw(st.lists(st.integers(1, 3), max_size=3)):
-            ids = [str(i if reuse else number + i) for i in range(count)]
-            number += count
-            order = draw(st.permutations(ids))
-            if anthropic:
-                messages.append(uses(*ids, before=draw(st.sampled_from([(), (words(),)]))))
-                more = draw(st.sampled_from([[], [words("go on")]]))
-                messages.append(user([*(answer(call_id) for call_id in order), *more]))
-            else:
-                messages.append(calls(*ids, content=draw(st.sampled_from([None, "", "hm"]))))
-                messages += [result(call_id) for call_id in order]
-        messages.append(says(draw(st.sampled_from(["ok", ""]))))
-    for index, message in enumerate(messages):
-        message |= {"timestamp": f"2026-02-23T09:00:{index:02}", "reasoning_content": {"of": [index]}}
-    return messages
 
 
 @given(conversations(), st.data())
@@ -144,7 +34,7 @@ def test_a_conversation_in_order_loses_only_unknown_fields(
 ) -> None:
     last_consolidated = data.draw(st.integers(0, len(messages) + 1))
     max_messages = data.draw(st.integers(1, len(messages) + 1))
-    expected = plain_window(messages, last_consolidated, max_messages)
+    expected = seed_window(messages, last_consolidated, max_messages)
     # Without a user's words at its front, it is not legal, and other tests say what is given instead.
     assume(not expected or (is_user_turn(expected[0]) and complaint(expected) is None))
     assert history(messages, last_consolidated=last_consolidated, max_messages=max_messages) == expected
@@ -156,40 +46,6 @@ def test_the_order_of_fields_is_fixed() -> None:
 
 
 # ------------------------------------------------------------------------------------------ anything at all
-
-ids = st.sampled_from(["1", "2", "3"])
-odd: st.SearchStrategy[Any] = st.sampled_from(
-    [None, 0, 1.5, True, "", "1", [], {}, [1], [None, "x"], {"id": "1"}, ["1"], [[]]]
-)
-call_lists = st.lists(st.fixed_dictionaries({"id": ids | odd}) | odd, max_size=3)
-block_lists = st.lists(
-    odd
-    | st.fixed_dictionaries({"type": st.just("tool_use"), "id": ids | odd}, optional={"tool_use_id": ids})
-    | st.fixed_dictionaries({"type": st.just("tool_result"), "tool_use_id": ids | odd}, optional={"id": ids})
-    | st.fixed_dictionaries({"type": st.sampled_from(["text", "thinking"]) | odd}),
-    max_size=4,
-)
-anything = st.fixed_dictionaries(
-    {},
-    optional={
-        "role": st.sampled_from(["user", "user", "assistant", "assistant", "tool", "system"]) | odd,
-        "content": st.just("text") | block_lists | odd,
-        "tool_calls": call_lists | odd,
-        "tool_call_id": ids | odd,
-        "name": odd,
-    },
-)
-likely = st.sampled_from(
-    [
-        user(), says(), calls("1"), calls("1", "2"), calls("2", content="hm"), result("1"), result("2"),
-        uses("1"), uses("1", "2"), uses("2", before=(words(),)), user([answer("1")]), user([answer("2")]),
-        user([answer("1"), answer("2")]), user([words(), answer("2")]), user([answer("1"), words()]),
-        {"role": "system", "content": "be kind"},
-    ]
-)  # fmt: skip
-sessions = (
-    st.lists(likely, max_size=14) | st.lists(anything, max_size=8) | st.lists(anything | likely, max_size=12)
-)
 
 
 @given(sessions, st.integers(0, 14), st.integers(0, 14))
