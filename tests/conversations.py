@@ -105,8 +105,8 @@ anything = st.fixed_dictionaries(
     {},
     optional={
         "role": st.sampled_from(["user", "user", "assistant", "assistant", "tool", "system"]) | odd,
-        "content": st.just("text") | block_lists | odd,
-        "tool_calls": call_lists | odd,
+        "content": st.just("text") | block_lists | odd | block_lists.map(tuple),
+        "tool_calls": call_lists | odd | call_lists.map(tuple),
         "tool_call_id": ids | odd,
         "name": odd,
         "reasoning_content": odd,
@@ -117,7 +117,7 @@ likely = st.sampled_from(
         user(), says(), calls("1"), calls("1", "2"), calls("2", content="hm"), result("1"), result("2"),
         uses("1"), uses("1", "2"), uses("2", before=(words(),)), user([answer("1")]), user([answer("2")]),
         user([answer("1"), answer("2")]), user([words(), answer("2")]), user([answer("1"), words()]),
-        {"role": "system", "content": "be kind"},
+        {"role": "system", "content": "be kind"}, calls("1", "1"), uses("1", "1"), user([]),
     ]
 )  # fmt: skip
 

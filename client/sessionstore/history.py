@@ -14,22 +14,32 @@ The rules, in the order in which they are applied:
    without a call and a call without a result are left out: also a call at the very end, whose tool is still
    running, because a model refuses it unanswered. A message that holds nothing else is left out too.
 5. A result that came late, because somebody else wrote in between, moves up to the results of its call.
-6. ``role``, ``content``, ``tool_calls``, ``tool_call_id`` and ``name`` of each message are given, as copies.
+6. ``role``, ``content``, ``tool_calls``, ``tool_call_id`` and ``name`` of each message are given, and the
+   fields that ``keep`` names, as copies.
+7. If the entries count for more than ``max_tokens``, turns are left out from the front until they do not.
+   The last turn is given in any case, whole. Without a user turn, each message of an assistant counts as
+   the beginning of a turn.
 
 Two dialects are known, also side by side. OpenAI: ``tool_calls`` of an assistant, answered by messages with
 role ``tool`` and a ``tool_call_id``. Anthropic: ``tool_use`` blocks of an assistant, answered by
 ``tool_result`` blocks of a user; a user message that holds nothing but tool blocks is no user turn. A call
 is answered in its own dialect.
 
+Nearly every window is in order as it is stored, and agents ask for one per model call. So there are two ways
+through rules 3 to 6: `_in_order` takes one look at each message and gives up at the first that is unusual;
+`_mended` takes anything. What the first gives, the second would give too.
+
 This module is pure: no I/O, no clock, no grpc, no bytes. It takes any list of JSON objects, whatever their
 shapes, raises on bad arguments only, and changes nothing that it is given. It must not know of sessions.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 Message = Mapping[str, object]
 Entry = dict[str, object]
+# What one entry of a window costs, in the caller's own measure.
+CountTokens = Callable[[Entry], float]
 
 # A call is known by its dialect and its id.
 _Call = tuple[str, str]
@@ -40,28 +50,77 @@ _BLOCK = "tool_use"
 _ID_NAMES = {"tool_use": "id", "tool_result": "tool_use_id"}
 # Blocks that say nothing once the call that they led to is gone; an assistant's message cannot end with them.
 _THOUGHTS = ("thinking", "redacted_thinking")
+# What the rules decide about, whatever `keep` says.
+_RULED = ("role", "content", "tool_calls", "tool_call_id", "name")
+_CONTAINERS = (dict, list, tuple)
+_Container = dict[str, object] | list[object]
+
+
+class ArgumentError(ValueError):
+    """An argument that no list of messages can make right. ``field`` names it; ``detail`` says why."""
+
+    def __init__(self, field: str, detail: str) -> None:
+        super().__init__(f"{field} {detail}")
+        self.field = field
+        self.detail = detail
 
 
 def history(
-    messages: Sequence[Message], *, last_consolidated: int = 0, max_messages: int = 500
+    messages: Sequence[Message],
+    *,
+    last_consolidated: int = 0,
+    max_messages: int = 500,
+    keep: Iterable[str] = (),
+    max_tokens: int | None = None,
+    count_tokens: CountTokens | None = None,
 ) -> list[Entry]:
     """Give the window that is legal to send to a model, by the rules of this module.
 
     ``last_consolidated`` is how many messages from the front are left out because they are summarised
-    elsewhere; ``max_messages`` is how many messages the window has at the most, 0 for no limit. The entries
-    are new and the caller's own: changing them changes no message. The window of a window is that window.
-    Raises ``ValueError`` if a number is negative.
+    elsewhere; ``max_messages`` is how many messages the window has at the most, 0 for no limit; ``keep``
+    names more fields to give, where a message has them. ``max_tokens`` is what the entries may count for
+    together, and ``count_tokens`` tells what one entry counts for: it is called from the last entry on, and
+    what it raises goes through. The entries are new and the caller's own: changing them changes no message.
+    The window of a window is that window. Raises `ArgumentError`.
     """
+    names = kept(keep)
+    budget = _budget(max_tokens, count_tokens)
     start = window_start(messages, last_consolidated=last_consolidated, max_messages=max_messages)
-    return _legal([message for message in messages[start:] if isinstance(message.get("role"), str)])
+    window = messages[start:]
+    entries = _in_order(window, names)
+    if entries is None:
+        entries = _mended([message for message in window if isinstance(message.get("role"), str)], names)
+    return entries if budget is None else _within(entries, *budget)
+
+
+def kept(keep: Iterable[str]) -> tuple[str, ...]:
+    """Give the names of the fields that ``keep`` adds to an entry. Raises `ArgumentError`."""
+    if isinstance(keep, str) or not isinstance(keep, Iterable):
+        raise ArgumentError("keep", f"must be a list of names, not a {type(keep).__name__}")
+    names = tuple(keep)
+    if not all(isinstance(name, str) for name in names):
+        raise ArgumentError("keep", "must hold names, and each is a string")
+    if "function_call" in names:
+        raise ArgumentError("keep", "cannot bring function_call, whose answer nobody sees to")
+    return tuple(name for name in dict.fromkeys(names) if name not in _RULED)
+
+
+def _budget(max_tokens: int | None, count_tokens: CountTokens | None) -> tuple[int, CountTokens] | None:
+    if max_tokens is None and count_tokens is None:
+        return None
+    if max_tokens is None or count_tokens is None:
+        raise ArgumentError("max_tokens", "and count_tokens go together: one says how much, one counts")
+    if max_tokens < 1:
+        raise ArgumentError("max_tokens", f"must be 1 or more, or None for no limit, not {max_tokens}")
+    return max_tokens, count_tokens
 
 
 def window_start(messages: Sequence[Message], *, last_consolidated: int = 0, max_messages: int = 500) -> int:
     """Give the index of the window's first message, by rules 1 and 2. Raises as ``history`` does."""
     if last_consolidated < 0:
-        raise ValueError(f"last_consolidated must be 0 or more, not {last_consolidated}")
+        raise ArgumentError("last_consolidated", f"must be 0 or more, not {last_consolidated}")
     if max_messages < 0:
-        raise ValueError(f"max_messages must be 0 (no limit) or more, not {max_messages}")
+        raise ArgumentError("max_messages", f"must be 0 (no limit) or more, not {max_messages}")
     first = max(last_consolidated, len(messages) - max_messages if max_messages else 0)
     ahead, back = range(first, len(messages)), range(first - 1, last_consolidated - 1, -1)
     turns = (index for indexes in (ahead, back) for index in indexes if is_user_turn(messages[index]))
@@ -84,6 +143,92 @@ def is_user_turn(message: Message) -> bool:
         return False
     blocks = _items(message.get("content"))
     return not blocks or not all(_tool_block_type(block) for block in blocks)
+
+
+# ----------------------------------------------------------------------------------------- nothing to mend
+
+
+def _in_order(window: Sequence[Message], keep: Sequence[str]) -> list[Entry] | None:
+    """Give the entries of a window in which nothing has to be left out or moved; None if in doubt."""
+    entries: list[Entry] = []
+    shared: list[_Container] = []  # copies whose insides are not copied yet
+    waiting: set[object] = set()  # a call's id; in the Anthropic dialect, beside the type of its block
+    for message in window:
+        role, content = message.get("role"), message.get("content", "")
+        entry: Entry = {"role": role, "content": content}
+        if role == "tool":
+            call_id = message.get("tool_call_id")
+            if type(call_id) is not str or call_id not in waiting:
+                return None
+            waiting.remove(call_id)
+            entry["tool_call_id"] = call_id
+        elif role == "assistant":
+            calls = message.get("tool_calls")
+            if waiting or (calls and not _calls_in_order(calls, waiting, entry, shared)):
+                return None
+        elif role != "user" and (waiting or type(role) is not str or "tool_calls" in message):
+            return None
+        if type(content) is list:
+            if not _blocks_in_order(content, waiting, entry, shared):
+                return None
+        elif (type(content) is not str and content is not None) or (waiting and role == "user"):
+            return None
+        if "name" in message:
+            entry["name"] = name = message["name"]
+            if type(name) is not str:
+                return None
+        if keep:
+            entry.update((name, message[name]) for name in keep if name in message)
+        entries.append(entry)
+    if waiting:
+        return None
+    _make_own(entries if keep else shared)
+    return entries
+
+
+def _calls_in_order(calls: object, waiting: set[object], entry: Entry, shared: list[_Container]) -> bool:
+    """Put calls into an entry and note that they wait, if each is a new one."""
+    if type(calls) is not list:
+        return False
+    copies = []
+    for call in calls:
+        call_id = call.get("id") if type(call) is dict else None
+        if type(call_id) is not str or call_id in waiting:
+            return False
+        waiting.add(call_id)
+        copies.append(call.copy())
+    entry["tool_calls"] = copies
+    shared += copies
+    return True
+
+
+def _blocks_in_order(
+    content: list[object], waiting: set[object], entry: Entry, shared: list[_Container]
+) -> bool:
+    """Put blocks into an entry and note which calls wait, and which no longer, if each block is in place."""
+    role, words = entry["role"], False
+    copies = []
+    for block in content:
+        if type(block) is not dict:
+            return False
+        kind = block.get("type")
+        if kind == "tool_use":
+            call = (_BLOCK, block.get("id"))
+            if role != "assistant" or type(call[1]) is not str or call in waiting:
+                return False
+            waiting.add(call)
+        elif kind == "tool_result":
+            call = (_BLOCK, block.get("tool_use_id"))
+            if role != "user" or words or type(call[1]) is not str or call not in waiting:
+                return False
+            waiting.remove(call)
+        else:
+            words = True
+        copies.append(block.copy())
+    entry["content"] = copies
+    shared += copies
+    # Words end the results of a call, and so does an empty message.
+    return role != "user" or not waiting or (not words and content != [])
 
 
 # ----------------------------------------------------------------------------------------- who answers whom
@@ -147,61 +292,79 @@ def _tool_block_type(block: object) -> str:
     return block_type if isinstance(block_type, str) and block_type in _ID_NAMES else ""
 
 
-def _items(value: object) -> list[object]:
-    return value if isinstance(value, list) else []
+def _items(value: object) -> Sequence[object]:
+    return value if isinstance(value, (list, tuple)) else ()
 
 
 # ------------------------------------------------------------------------------------- what becomes of them
 
 
-def _legal(window: Sequence[Message]) -> list[Entry]:
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What is given of a message, and at whose place: its own, or that of the message that it answers."""
+
+    place: int
+    message: Message
+    content: object
+    calls: Sequence[object] = ()
+
+    def entry(self, keep: Sequence[str]) -> Entry:
+        message = self.message
+        entry: Entry = {"role": message["role"], "content": self.content}
+        if self.calls:
+            entry["tool_calls"] = self.calls
+        if message["role"] == "tool":
+            entry["tool_call_id"] = message["tool_call_id"]
+        entry.update((name, message[name]) for name in ("name", *keep) if name in message)
+        return entry
+
+
+def _mended(window: Sequence[Message], keep: Sequence[str]) -> list[Entry]:
     """Apply rules 4 to 6 to messages that all have a role."""
     pairs = _pair(window)
-    placed: list[tuple[int, Entry]] = []
+    parts: list[_Part] = []
     caller = -1  # whose results the next message may hold without having come late
     for index, message in enumerate(window):
         callers = pairs.callers.get(index, {})
         if message["role"] == "tool":
-            placed += _tool(message, callers)
+            parts += [_Part(place, message, _content(message, set())) for place in callers.values()]
         elif message["role"] == "user":
-            entries = _user(index, message, callers, caller)
-            placed += entries
-            if any(place == index for place, _ in entries):
+            spoken = _user(index, message, callers, caller)
+            parts += spoken
+            if any(part.place == index for part in spoken):
                 caller = -1
         else:
-            entry = _speaker(message, pairs.answered.get(index, set()))
-            if entry is not None:
-                placed.append((index, entry))
+            part = _speaker(index, message, pairs.answered.get(index, set()))
+            if part is not None:
+                parts.append(part)
                 caller = index
     # The sort is stable: behind its call, results keep the order in which they came.
-    placed.sort(key=lambda place_and_entry: place_and_entry[0])
-    return [_copied(entry) for _, entry in placed]
+    parts.sort(key=lambda part: part.place)
+    entries = [part.entry(keep) for part in parts]
+    _make_own(entries)
+    return entries
 
 
-def _tool(message: Message, callers: Mapping[_Call, int]) -> list[tuple[int, Entry]]:
-    """Place a message of role tool, which is one result, behind its call; without a call, nowhere."""
-    return [(caller, _entry(message, _content(message, set()))) for caller in callers.values()]
-
-
-def _user(index: int, message: Message, callers: Mapping[_Call, int], at: int) -> list[tuple[int, Entry]]:
+def _user(index: int, message: Message, callers: Mapping[_Call, int], at: int) -> list[_Part]:
     """Take a user's message apart: what does not answer the call ``at`` goes to its call; the rest stays."""
     content = message.get("content", "")
-    if not isinstance(content, list) or not content:
-        return [(index, _entry(message, content))]
-    words = [block for block in content if not _tool_block_type(block)]
+    blocks = _items(content)
+    if not blocks:
+        return [_Part(index, message, content)]
+    words = [block for block in blocks if not _tool_block_type(block)]
     waiting = dict(callers)
     results: dict[int, list[object]] = {}
-    for block in content:
+    for block in blocks:
         call = _block_call(block, "tool_result")
         if call is not None and call in waiting:
             results.setdefault(waiting.pop(call), []).append(block)
-    placed: list[tuple[int, Entry]] = []
+    parts: list[_Part] = []
     if words:
-        placed.append((index, _entry(message, [*results.pop(at, []), *words])))
-    return placed + [(caller, _entry(message, blocks)) for caller, blocks in results.items()]
+        parts.append(_Part(index, message, [*results.pop(at, []), *words]))
+    return parts + [_Part(caller, message, answers) for caller, answers in results.items()]
 
 
-def _speaker(message: Message, answered: Iterable[_Call]) -> Entry | None:
+def _speaker(index: int, message: Message, answered: Iterable[_Call]) -> _Part | None:
     """Take the calls without a result out of an assistant's message; None if nothing else was in it."""
     waiting = set(answered)
     functions = _items(message.get("tool_calls"))
@@ -210,20 +373,21 @@ def _speaker(message: Message, answered: Iterable[_Call]) -> Entry | None:
     something_lost = bool(message.get("tool_calls")) or content != message.get("content", "")
     if something_lost and not calls and _says_nothing(content):
         return None
-    return _entry(message, content, calls)
+    return _Part(index, message, content, calls)
 
 
 def _content(message: Message, waiting: set[_Call]) -> object:
     """Give a message's content without tool blocks that nobody waits for; an empty text if none is left."""
     content = message.get("content", "")
-    if not isinstance(content, list):
-        return content
+    blocks = _items(content)
     kept = [
         block
-        for block in content
+        for block in blocks
         if not _tool_block_type(block) or _take(_block_call(block, "tool_use"), waiting)
     ]
-    return kept if kept or not content else ""
+    if len(kept) == len(blocks):
+        return content
+    return kept or ""
 
 
 def _take(call: _Call | None, waiting: set[_Call]) -> bool:
@@ -235,45 +399,58 @@ def _take(call: _Call | None, waiting: set[_Call]) -> bool:
 
 
 def _says_nothing(content: object) -> bool:
-    if isinstance(content, list):
+    if isinstance(content, (list, tuple)):
         return all(isinstance(block, dict) and block.get("type") in _THOUGHTS for block in content)
     return not content
 
 
-def _entry(message: Message, content: object, calls: Sequence[object] = ()) -> Entry:
-    entry: Entry = {"role": message["role"], "content": content}
-    if calls:
-        entry["tool_calls"] = calls
-    if message["role"] == "tool":
-        entry["tool_call_id"] = message["tool_call_id"]
-    if "name" in message:
-        entry["name"] = message["name"]
-    return entry
+# ---------------------------------------------------------------------------------------- copies and budget
 
 
-def _copied(entry: Entry) -> Entry:
-    """Copy to any depth, without recursion. Tuples become lists, as in JSON."""
-    copy = dict(entry)
-    unfinished: list[dict[str, object] | list[object]] = [copy]
-    while unfinished:
-        node = unfinished.pop()
-        if isinstance(node, dict):
-            for name, value in node.items():
-                if isinstance(value, _CONTAINERS):
-                    node[name] = _copied_once(value, unfinished)
-        else:
-            node[:] = [
-                _copied_once(value, unfinished) if isinstance(value, _CONTAINERS) else value for value in node
-            ]
-    return copy
+def _make_own(nodes: Iterable[_Container]) -> None:
+    """Copy what is inside these containers, to any depth, without recursion. Tuples become lists."""
+    unfinished = list(nodes)
+    for node in unfinished:  # it grows meanwhile
+        for at, value in node.items() if type(node) is dict else enumerate(node):
+            if type(value) is not str and isinstance(value, _CONTAINERS):
+                copy: _Container = {**value} if isinstance(value, dict) else [*value]
+                node[at] = copy  # type: ignore[index]
+                unfinished.append(copy)
 
 
-_Container = dict[str, object] | list[object] | tuple[object, ...]
-_CONTAINERS = (dict, list, tuple)
+def _within(entries: list[Entry], max_tokens: int, count_tokens: CountTokens) -> list[Entry]:
+    """Apply rule 7 to a window: take as many turns as fit, from its end, and at least one."""
+    begins = is_user_turn if any(map(is_user_turn, entries)) else _is_no_result
+    found: tuple[int, Entry] | None = None
+    tokens: float = 0
+    for index in range(len(entries) - 1, -1, -1):
+        entry = first = entries[index]
+        cost = _counted(entry, count_tokens)
+        if begins(entry):
+            first = _words_of(entry)
+            alone = cost if first is entry else _counted(first, count_tokens)
+            if found is not None and tokens + alone > max_tokens:
+                break
+            found = index, first
+        tokens += cost
+        if found is not None and tokens > max_tokens:
+            break
+    return [] if found is None else [found[1], *entries[found[0] + 1 :]]
 
 
-def _copied_once(value: _Container, unfinished: list[dict[str, object] | list[object]]) -> object:
-    """Copy a container by one level, and note that its inside is still shared."""
-    copy = dict(value) if isinstance(value, dict) else list(value)
-    unfinished.append(copy)
-    return copy
+def _is_no_result(entry: Entry) -> bool:
+    return entry["role"] not in ("tool", "user")
+
+
+def _words_of(entry: Entry) -> Entry:
+    """Give an entry at which a window begins: results in it have lost their call."""
+    blocks = _items(entry["content"]) if entry["role"] == "user" else ()
+    words = [block for block in blocks if not _tool_block_type(block)]
+    return entry if len(words) == len(blocks) else entry | {"content": words}
+
+
+def _counted(entry: Entry, count_tokens: CountTokens) -> float:
+    tokens = count_tokens(entry)
+    if not tokens >= 0:
+        raise ArgumentError("count_tokens", f"must give a number of 0 or more, and gave {tokens}")
+    return tokens

@@ -17,6 +17,7 @@ calls.
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import islice
@@ -59,14 +60,26 @@ class Session:
         self.messages.append({"role": role, "content": content, "timestamp": now.isoformat(), **kwargs})
         self.updated_at = now
 
-    def get_history(self, max_messages: int = 500) -> list[dict[str, Any]]:
+    def get_history(
+        self,
+        max_messages: int = 500,
+        *,
+        keep: Sequence[str] = (),
+        max_tokens: int | None = None,
+        count_tokens: Callable[[dict[str, Any]], float] | None = None,
+    ) -> list[dict[str, Any]]:
         """The messages to send to a model: the last `max_messages` (0: all) that are not consolidated.
 
         They begin with a user turn, and every tool call among them is answered. The entries are copies.
-        Raises ValueError if `max_messages` is negative.
+        `keep`, `max_tokens` and `count_tokens` are those of `SessionHandle.history`. Raises ValueError.
         """
         window = history.history(
-            self.messages, last_consolidated=self.last_consolidated, max_messages=max_messages
+            self.messages,
+            last_consolidated=self.last_consolidated,
+            max_messages=max_messages,
+            keep=keep,
+            max_tokens=max_tokens,
+            count_tokens=count_tokens,
         )
         return cast("list[dict[str, Any]]", window)
 

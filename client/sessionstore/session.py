@@ -134,19 +134,39 @@ class BaseHandle:
         head = self._snapshot.head
         return head.damage if head else ""
 
-    def history(self, max_messages: int = 500) -> list[Message]:
+    def history(
+        self,
+        max_messages: int = 500,
+        *,
+        keep: Sequence[str] = (),
+        max_tokens: int | None = None,
+        count_tokens: Callable[[Message], float] | None = None,
+    ) -> list[Message]:
         """A window of the last messages that is legal to send to a model. No I/O.
 
         The last `max_messages` messages (0: no limit) after `last_consolidated`, aligned to a user turn,
         without orphaned tool calls and results; extended back to a user turn rather than empty of one.
-        The entries are copies and yours. Raises InvalidArgumentError if `max_messages` is negative.
+        `keep` names fields to give beside those that models know. If the window counts for more than
+        `max_tokens`, turns are left out from its front, down to the last one, which is always given: then
+        `count_tokens` gets entries of the window, one at a time, and what it raises goes through.
+        The entries are copies and yours. Raises InvalidArgumentError.
         """
         if ops.integer("max_messages", max_messages) < 0:
             metadata = {"field": "max_messages", "value": str(max_messages)}
             raise error_for("LIMIT_NEGATIVE", f"max_messages must be 0 or more, not {max_messages}", metadata)
-        window = history.history(
-            self.messages, last_consolidated=self.last_consolidated, max_messages=max_messages
-        )
+        if max_tokens is not None:
+            ops.integer("max_tokens", max_tokens)
+        try:
+            window = history.history(
+                self.messages,
+                last_consolidated=self.last_consolidated,
+                max_messages=max_messages,
+                keep=keep,
+                max_tokens=max_tokens,
+                count_tokens=cast("history.CountTokens | None", count_tokens),
+            )
+        except history.ArgumentError as error:
+            raise ops.invalid(error.field, error.detail) from None
         return cast("list[Message]", window)
 
     # ----------------------------------------------------------------------------- moving the snapshot

@@ -105,6 +105,15 @@ def test_get_history_gives_copies_and_refuses_a_negative_limit() -> None:
         session.get_history(-1)
 
 
+def test_get_history_gives_more_fields_and_stays_within_a_budget() -> None:
+    session = Session("k", turns(3))
+    window = session.get_history(max_tokens=7, count_tokens=lambda _: 1, keep=("usage", "reasoning_content"))
+    assert [message["content"] for message in window] == ["q2", None, "result", "a2"]
+    assert (window[1]["reasoning_content"], window[3]["usage"]) == ("r", {"n": 2})
+    with pytest.raises(ValueError, match="max_tokens"):
+        session.get_history(max_tokens=7)
+
+
 # ------------------------------------------------------------------------------------------------ the methods
 
 

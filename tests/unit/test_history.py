@@ -100,6 +100,16 @@ def test_what_is_given_is_the_callers_own(messages: list[Message]) -> None:
     assert messages == before
 
 
+def test_the_insides_of_calls_are_the_callers_own() -> None:
+    messages = [user(), calls("1"), result("1"), uses("2"), user([answer("2")])]
+    given: list[Any] = window(*messages)
+    assert given == messages
+    given[1]["tool_calls"][0]["function"]["name"] = "changed"
+    given[3]["content"][0]["input"]["changed"] = 1
+    given[4]["content"][0]["content"][0]["text"] = "changed"
+    assert messages == [user(), calls("1"), result("1"), uses("2"), user([answer("2")])]
+
+
 def test_depth_is_no_limit() -> None:
     content: list[Any] = []
     for _ in range(50_000):
@@ -205,6 +215,50 @@ def test_tool_parts_out_of_place_are_left_out() -> None:
     assert window(says() | {"tool_calls": None}, says() | {"tool_calls": []}) == [says(), says()]
     assert window(user(), {"role": "system", "content": [answer("1")]}) == [user()]
     assert window(user(), calls("1"), result("1") | {"content": [answer("1")]})[2]["content"] == ""
+
+
+SYSTEM = {"role": "system", "content": "be kind"}
+SAYS, R = words("hm"), result("1")
+THOUGHT = {"type": "thinking", "thinking": "hm"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        # Something stands between a call and its result.
+        ([calls("1"), SYSTEM, result("1")], [calls("1"), result("1"), SYSTEM]),
+        ([calls("1"), says(), result("1")], [calls("1"), result("1"), says()]),
+        ([calls("1"), user([]), result("1")], [calls("1"), result("1"), user([])]),
+        ([uses("1"), user([]), user([answer("1")])], [uses("1"), user([answer("1")]), user([])]),
+        ([uses("1"), user([SAYS]), user([answer("1")])], [uses("1"), user([answer("1")]), user([SAYS])]),
+        # One id twice.
+        ([calls("1", "1"), result("1")], [calls("1"), result("1")]),
+        ([uses("1", "1"), user([answer("1")])], [uses("1"), user([answer("1")])]),
+        ([uses("1"), user([answer("1"), answer("1")])], [uses("1"), user([answer("1")])]),
+        # Ids that are no strings, and that nothing could be looked up by.
+        ([result("1") | {"tool_call_id": ["1"]}], []),
+        ([{**calls("1"), "tool_calls": [{"id": ["1"]}]}], []),
+        ([says([{"type": "tool_use", "id": ["1"]}])], []),
+        ([uses("1"), user([{"type": "tool_result", "tool_use_id": ["1"]}])], []),
+        ([calls("1") | {"tool_calls": [{"id": 1}]}, result("1") | {"tool_call_id": 1}], []),
+        # Calls of who cannot call, and nothing but a thought beside a call.
+        ([SYSTEM | {"content": "", "tool_calls": [{"id": "1"}]}], []),
+        ([calls("1", content=(THOUGHT,))], []),
+        ([says((THOUGHT, {"type": "tool_use", "id": "1"}))], []),
+        # In memory, a list may be a tuple.
+        ([says(tuple(uses("1")["content"])), user((answer("1"),))], [uses("1"), user([answer("1")])]),
+        ([calls() | {"tool_calls": ({"id": "1"},)}, R], [calls() | {"tool_calls": [{"id": "1"}]}, R]),
+    ],
+)
+def test_what_is_unusual_is_mended(messages: list[Message], expected: list[Message]) -> None:
+    assert window(user(), *messages) == [user(), *expected]
+
+
+def test_a_name_of_another_shape_is_a_copy_too() -> None:
+    message = user() | {"name": ["a"]}
+    (entry,) = window(message)
+    assert entry == message
+    assert entry["name"] is not message["name"]
 
 
 def test_odd_messages_do_no_harm() -> None:

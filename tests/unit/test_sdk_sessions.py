@@ -180,6 +180,26 @@ def test_history_is_the_window_of_the_snapshot(store: Any, key: str) -> None:
     assert told.value.reason == "LIMIT_NEGATIVE"
 
 
+def test_history_gives_more_fields_and_stays_within_a_budget(store: Any, key: str) -> None:
+    handle = store.session(key)
+    handle.append(*(user(str(n)) | {"at": n} for n in range(10)))
+    assert handle.history(keep=("at",), max_messages=2) == [user("8") | {"at": 8}, user("9") | {"at": 9}]
+    assert handle.history(max_tokens=3, count_tokens=lambda _: 1.5) == [user("8"), user("9")]
+    assert handle.history(max_tokens=1, count_tokens=lambda _: 1.5) == [user("9")]
+    for arguments, field in (
+        ({"keep": "at"}, "keep"),
+        ({"max_tokens": 5}, "max_tokens"),
+        ({"max_tokens": 0, "count_tokens": len}, "max_tokens"),
+        ({"max_tokens": "5", "count_tokens": len}, "max_tokens"),
+        ({"max_tokens": 5, "count_tokens": lambda _: -1}, "count_tokens"),
+    ):
+        with pytest.raises(InvalidArgumentError) as told:
+            handle.history(**arguments)
+        assert (told.value.reason, told.value.metadata["field"]) == ("ARGUMENT_INVALID", field)
+    with pytest.raises(ZeroDivisionError):
+        handle.history(max_tokens=1, count_tokens=lambda _: 1 / 0)
+
+
 def test_a_session_beyond_one_reply_is_read_whole(store: Any, other: Any, key: str) -> None:
     messages = [{"n": n, "text": "x" * 30_000} for n in range(150)]
     handle = store.session(key)
