@@ -18,7 +18,7 @@ Operations on a handle are generators, as in `_operations`. This module must not
 schedules or event loops; it takes a lock only around plain computation.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import replace

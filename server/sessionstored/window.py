@@ -18,10 +18,11 @@ from sessionstore.v1 import session_store_pb2
 
 from sessionstored.engine import Refused, Slice
 from sessionstored.reads import REPLY_BYTES_MAX
-from sessionstored.requests import Bounds, check_count, check_key
+from sessionstored.requests import Bounds, check_count, check_key, refuse
 from sessionstored.rules import Head, Refusal
 
 MESSAGES_DEFAULT = 500
+KEEP_NAMES_MAX = 100
 _Entry = dict[str, object]
 
 
@@ -31,6 +32,7 @@ class Window:
 
     key: str
     max_messages: int
+    keep: tuple[str, ...] = ()
     done: bool = False
     _wanted: int = 0
     """How many messages to read next, from the end; 0 for all of them."""
@@ -46,7 +48,7 @@ class Window:
         key = check_key(request.key, bounds)
         given = request.HasField("max_messages")
         count = check_count(request.max_messages, "max_messages") if given else MESSAGES_DEFAULT
-        return cls(key, count, _wanted=count)
+        return cls(key, count, _keep(request.keep), _wanted=count)
 
     def select(self, head: Head) -> tuple[int, int]:
         """The messages to read next."""
@@ -87,8 +89,18 @@ class Window:
         return [_decode(self.key, line) for line in self._best.lines]
 
     def _block(self, tail: Sequence[_Entry]) -> bytes:
-        entries = history.history(tail, max_messages=self.max_messages)
+        entries = history.history(tail, max_messages=self.max_messages, keep=self.keep)
         return codec.join(_encode(entry) for entry in entries)
+
+
+def _keep(names: Sequence[str]) -> tuple[str, ...]:
+    if len(names) > KEEP_NAMES_MAX:
+        detail = f"holds {len(names)} names; the limit is {KEEP_NAMES_MAX}"
+        refuse("ARGUMENT_INVALID", f"keep {detail}", field="keep", detail=detail)
+    try:
+        return history.kept(names)
+    except history.ArgumentError as error:
+        refuse("ARGUMENT_INVALID", str(error), field=error.field, detail=error.detail)
 
 
 def _falls_short(tail: Sequence[_Entry], taken: Slice, max_messages: int) -> bool:

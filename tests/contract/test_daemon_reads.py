@@ -191,6 +191,17 @@ def test_the_history_is_the_window_of_the_whole_session(shared_daemon, key):
         assert got.revision == get(shared_daemon, key).session.revision
 
 
+def test_a_history_gives_the_fields_that_are_asked_for(shared_daemon, key):
+    append(shared_daemon, key, {"role": "user", "content": "q", "time": "t", "n": [1.50]})
+    for keep, line in (
+        ([], b'{"role": "user", "content": "q"}\n'),
+        (["n", "time", "none", "role"], b'{"role": "user", "content": "q", "n": [1.5], "time": "t"}\n'),
+        (["n"] * 100, b'{"role": "user", "content": "q", "n": [1.5]}\n'),
+    ):
+        got = shared_daemon.stub.GetHistory(v1.GetHistoryRequest(key=key, keep=keep))
+        assert got.messages == line
+
+
 def test_a_history_that_is_too_long_is_made_shorter_and_says_so(shared_daemon, key):
     messages = numbered(100, size=30_000)
     append(shared_daemon, key, *messages)

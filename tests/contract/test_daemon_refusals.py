@@ -214,6 +214,18 @@ REST = {
         "LIMIT_NEGATIVE",
         {"field": "max_messages", "value": "-1"},
     ),
+    "too many names to keep": (
+        "GetHistory",
+        {"keep": ["n"] * 101},
+        "ARGUMENT_INVALID",
+        {"field": "keep", "detail": "holds 101 names; the limit is 100"},
+    ),
+    "a call to keep": (
+        "GetHistory",
+        {"keep": ["n", "function_call"]},
+        "ARGUMENT_INVALID",
+        {"field": "keep", "detail": ...},
+    ),
     "negative limit": ("ReadMessages", {"limit": -1}, "LIMIT_NEGATIVE", {"field": "limit", "value": "-1"}),
     "read behind the end": (
         "ReadMessages",

@@ -48,8 +48,10 @@ class Session:
         return Slice(head, start, taken)
 
 
-def answer(session: Session, max_messages: int | None, max_bytes: int = 1 << 20) -> v1.GetHistoryResponse:
-    asked = Window.of(v1.GetHistoryRequest(key="k", max_messages=max_messages), Bounds())
+def answer(
+    session: Session, max_messages: int | None, max_bytes: int = 1 << 20, keep: tuple[str, ...] = ()
+) -> v1.GetHistoryResponse:
+    asked = Window.of(v1.GetHistoryRequest(key="k", max_messages=max_messages, keep=keep), Bounds())
     for _ in range(100):
         if asked.done:
             return asked.reply()
@@ -57,11 +59,13 @@ def answer(session: Session, max_messages: int | None, max_bytes: int = 1 << 20)
     raise AssertionError("it never ends")
 
 
-@given(MESSAGES, st.integers(0, 50), st.data())
-def test_it_is_the_window_of_the_whole_session(messages, max_messages, data):
+@given(MESSAGES, st.integers(0, 50), st.sampled_from([(), ("time",), ("x", "time", "time")]), st.data())
+def test_it_is_the_window_of_the_whole_session(messages, max_messages, keep, data):
     consolidated = data.draw(st.integers(0, len(messages)))
-    got = answer(Session(messages, consolidated), max_messages)
-    expected = history.history(messages, last_consolidated=consolidated, max_messages=max_messages)
+    got = answer(Session(messages, consolidated), max_messages, keep=keep)
+    expected = history.history(
+        messages, last_consolidated=consolidated, max_messages=max_messages, keep=keep
+    )
     assert codec.decode_block(got.messages) == expected
     assert (got.truncated, got.revision) == (False, 5)
 

@@ -598,6 +598,7 @@ class ReplaceMessagesRequest(google.protobuf.message.Message):
     START_FIELD_NUMBER: builtins.int
     DELETE_COUNT_FIELD_NUMBER: builtins.int
     MESSAGES_FIELD_NUMBER: builtins.int
+    ALLOW_APPENDS_FIELD_NUMBER: builtins.int
     key: builtins.str
     """key names the session."""
     request_id: builtins.str
@@ -612,6 +613,11 @@ class ReplaceMessagesRequest(google.protobuf.message.Message):
     """delete_count is how many messages to remove; absent means all from start on."""
     messages: builtins.bytes
     """messages is a JSONL block of the new messages; empty for none."""
+    allow_appends: builtins.bool
+    """allow_appends tells that expected_revision is met also if the session went on from it, as long as messages were
+    only added at the end since: the indexes then mean the same messages, and what was added stays. What became of the
+    metadata meanwhile does not count. Needs expected_revision and delete_count; else ARGUMENT_INVALID.
+    """
     @property
     def call(self) -> sessionstore.v1.session_pb2.CallIdentity:
         """call is the call identity; without one, a repeated call is a new call."""
@@ -627,9 +633,10 @@ class ReplaceMessagesRequest(google.protobuf.message.Message):
         start: builtins.int = ...,
         delete_count: builtins.int | None = ...,
         messages: builtins.bytes = ...,
+        allow_appends: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_delete_count", b"_delete_count", "_expected_revision", b"_expected_revision", "call", b"call", "delete_count", b"delete_count", "expected_revision", b"expected_revision"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_delete_count", b"_delete_count", "_expected_revision", b"_expected_revision", "call", b"call", "delete_count", b"delete_count", "expected_revision", b"expected_revision", "fencing_token", b"fencing_token", "key", b"key", "messages", b"messages", "request_id", b"request_id", "start", b"start"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_delete_count", b"_delete_count", "_expected_revision", b"_expected_revision", "allow_appends", b"allow_appends", "call", b"call", "delete_count", b"delete_count", "expected_revision", b"expected_revision", "fencing_token", b"fencing_token", "key", b"key", "messages", b"messages", "request_id", b"request_id", "start", b"start"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_delete_count", b"_delete_count"]) -> typing.Literal["delete_count"] | None: ...
     @typing.overload
@@ -940,20 +947,29 @@ class GetHistoryRequest(google.protobuf.message.Message):
 
     KEY_FIELD_NUMBER: builtins.int
     MAX_MESSAGES_FIELD_NUMBER: builtins.int
+    KEEP_FIELD_NUMBER: builtins.int
     key: builtins.str
     """key names the session."""
     max_messages: builtins.int
     """max_messages bounds the window; absent means 500, 0 means no bound. A window without a user turn is extended back
     to one.
     """
+    @property
+    def keep(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """keep names fields that an entry has beside role, content and the tool fields, where the message has them: at most
+        100 names. "function_call" is refused, because nothing sees to it that this call is answered. A bound in tokens is
+        for the caller to apply, who alone can count them.
+        """
+
     def __init__(
         self,
         *,
         key: builtins.str = ...,
         max_messages: builtins.int | None = ...,
+        keep: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_max_messages", b"_max_messages", "max_messages", b"max_messages"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_max_messages", b"_max_messages", "key", b"key", "max_messages", b"max_messages"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_max_messages", b"_max_messages", "keep", b"keep", "key", b"key", "max_messages", b"max_messages"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_max_messages", b"_max_messages"]) -> typing.Literal["max_messages"] | None: ...
 
 global___GetHistoryRequest = GetHistoryRequest
@@ -970,7 +986,7 @@ class GetHistoryResponse(google.protobuf.message.Message):
     revision: builtins.int
     """revision is the session's revision that the window was taken from."""
     messages: builtins.bytes
-    """messages is a JSONL block: role, content and the tool fields of each message."""
+    """messages is a JSONL block: role, content, the tool fields and what keep names of each message."""
     truncated: builtins.bool
     """truncated tells that the window was made shorter to stay within 1 MiB."""
     def __init__(

@@ -212,7 +212,7 @@ class SessionStoreServicer(object):
 
     def GetHistory(self, request, context):
         """GetHistory gives a window of the last messages that is legal to send to a model: aligned to a user turn, without
-        orphaned tool results. Errors: SESSION_NOT_FOUND, DATA_LOSS.
+        orphaned tool results. Errors: SESSION_NOT_FOUND, ARGUMENT_INVALID for what keep cannot hold, DATA_LOSS.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -101,7 +101,7 @@ class SessionStoreStub:
         sessionstore.v1.session_store_pb2.GetHistoryResponse,
     ]
     """GetHistory gives a window of the last messages that is legal to send to a model: aligned to a user turn, without
-    orphaned tool results. Errors: SESSION_NOT_FOUND, DATA_LOSS.
+    orphaned tool results. Errors: SESSION_NOT_FOUND, ARGUMENT_INVALID for what keep cannot hold, DATA_LOSS.
     """
 
     ReadMessages: grpc.UnaryStreamMultiCallable[
@@ -239,7 +239,7 @@ class SessionStoreAsyncStub:
         sessionstore.v1.session_store_pb2.GetHistoryResponse,
     ]
     """GetHistory gives a window of the last messages that is legal to send to a model: aligned to a user turn, without
-    orphaned tool results. Errors: SESSION_NOT_FOUND, DATA_LOSS.
+    orphaned tool results. Errors: SESSION_NOT_FOUND, ARGUMENT_INVALID for what keep cannot hold, DATA_LOSS.
     """
 
     ReadMessages: grpc.aio.UnaryStreamMultiCallable[
@@ -399,7 +399,7 @@ class SessionStoreServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[sessionstore.v1.session_store_pb2.GetHistoryResponse, collections.abc.Awaitable[sessionstore.v1.session_store_pb2.GetHistoryResponse]]:
         """GetHistory gives a window of the last messages that is legal to send to a model: aligned to a user turn, without
-        orphaned tool results. Errors: SESSION_NOT_FOUND, DATA_LOSS.
+        orphaned tool results. Errors: SESSION_NOT_FOUND, ARGUMENT_INVALID for what keep cannot hold, DATA_LOSS.
         """
 
     @abc.abstractmethod
