@@ -26,8 +26,8 @@ role ``tool`` and a ``tool_call_id``. Anthropic: ``tool_use`` blocks of an assis
 is answered in its own dialect.
 
 Nearly every window is in order as it is stored, and agents ask for one per model call. So there are two ways
-through rules 3 to 6: `_in_order` takes one look at each message and gives up at the first that is unusual;
-`_mended` takes anything. What the first gives, the second would give too.
+through rules 3 to 6: `_in_order` takes one look at each message and stops at the first that is unusual;
+`_mended` takes the rest, and anything. What the first gives, the second would give too.
 
 This module is pure: no I/O, no clock, no grpc, no bytes. It takes any list of JSON objects, whatever their
 shapes, raises on bad arguments only, and changes nothing that it is given. It must not know of sessions.
@@ -35,6 +35,7 @@ shapes, raises on bad arguments only, and changes nothing that it is given. It m
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 Message = Mapping[str, object]
 Entry = dict[str, object]
@@ -88,8 +89,9 @@ def history(
     start = window_start(messages, last_consolidated=last_consolidated, max_messages=max_messages)
     window = messages[start:]
     entries = _in_order(window, names)
-    if entries is None:
-        entries = _mended([message for message in window if isinstance(message.get("role"), str)], names)
+    rest = window[len(entries) :]
+    if rest:
+        entries += _mended([message for message in rest if isinstance(message.get("role"), str)], names)
     return entries if budget is None else _within(entries, *budget)
 
 
@@ -148,8 +150,11 @@ def is_user_turn(message: Message) -> bool:
 # ----------------------------------------------------------------------------------------- nothing to mend
 
 
-def _in_order(window: Sequence[Message], keep: Sequence[str]) -> list[Entry] | None:
-    """Give the entries of a window in which nothing has to be left out or moved; None if in doubt."""
+def _in_order(window: Sequence[Message], keep: Sequence[str]) -> list[Entry]:
+    """Give the entries of the first messages, up to where something may have to be left out or moved.
+
+    Behind them no result is missing, so what follows can be treated as a window of its own.
+    """
     entries: list[Entry] = []
     shared: list[_Container] = []  # copies whose insides are not copied yet
     waiting: set[object] = set()  # a call's id; in the Anthropic dialect, beside the type of its block
@@ -159,29 +164,31 @@ def _in_order(window: Sequence[Message], keep: Sequence[str]) -> list[Entry] | N
         if role == "tool":
             call_id = message.get("tool_call_id")
             if type(call_id) is not str or call_id not in waiting:
-                return None
+                break
             waiting.remove(call_id)
             entry["tool_call_id"] = call_id
         elif role == "assistant":
             calls = message.get("tool_calls")
             if waiting or (calls and not _calls_in_order(calls, waiting, entry, shared)):
-                return None
+                break
         elif role != "user" and (waiting or type(role) is not str or "tool_calls" in message):
-            return None
+            break
         if type(content) is list:
             if not _blocks_in_order(content, waiting, entry, shared):
-                return None
+                break
         elif (type(content) is not str and content is not None) or (waiting and role == "user"):
-            return None
+            break
         if "name" in message:
             entry["name"] = name = message["name"]
             if type(name) is not str:
-                return None
+                break
         if keep:
             entry.update((name, message[name]) for name in keep if name in message)
         entries.append(entry)
-    if waiting:
-        return None
+    if waiting or len(entries) < len(window):
+        # Nothing waited where an assistant spoke last.
+        while entries and entries.pop()["role"] != "assistant":
+            pass
     _make_own(entries if keep else shared)
     return entries
 
@@ -247,6 +254,8 @@ def _pair(window: Sequence[Message]) -> _Pairs:
     waiting: dict[_Call, int] = {}
     pairs = _Pairs({}, {})
     for index, message in enumerate(window):
+        if _is_plain(message):
+            continue
         for call in _calls(message):
             waiting[call] = index
         for call in _results(message):
@@ -255,6 +264,15 @@ def _pair(window: Sequence[Message]) -> _Pairs:
                 pairs.answered.setdefault(caller, set()).add(call)
                 pairs.callers.setdefault(index, {})[call] = caller
     return pairs
+
+
+def _is_plain(message: Message) -> bool:
+    """Tell whether a message is text, and certainly has no calls and no results."""
+    return (
+        type(message.get("content", "")) is str
+        and message["role"] != "tool"
+        and not message.get("tool_calls")
+    )
 
 
 def _calls(message: Message) -> list[_Call]:
@@ -299,8 +317,7 @@ def _items(value: object) -> Sequence[object]:
 # ------------------------------------------------------------------------------------- what becomes of them
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
+class _Part(NamedTuple):
     """What is given of a message, and at whose place: its own, or that of the message that it answers."""
 
     place: int
@@ -315,7 +332,10 @@ class _Part:
             entry["tool_calls"] = self.calls
         if message["role"] == "tool":
             entry["tool_call_id"] = message["tool_call_id"]
-        entry.update((name, message[name]) for name in ("name", *keep) if name in message)
+        if "name" in message:
+            entry["name"] = message["name"]
+        if keep:
+            entry.update((name, message[name]) for name in keep if name in message)
         return entry
 
 
@@ -325,6 +345,10 @@ def _mended(window: Sequence[Message], keep: Sequence[str]) -> list[Entry]:
     parts: list[_Part] = []
     caller = -1  # whose results the next message may hold without having come late
     for index, message in enumerate(window):
+        if _is_plain(message):
+            parts.append(_Part(index, message, message.get("content", "")))
+            caller = -1 if message["role"] == "user" else index
+            continue
         callers = pairs.callers.get(index, {})
         if message["role"] == "tool":
             parts += [_Part(place, message, _content(message, set())) for place in callers.values()]
