@@ -15,6 +15,9 @@ is at least as harsh as ext4 and xfs:
   with the file. Here nothing but the directory's own flush does that.) A rename is one change, also between
   two directories.
 * What was under way when the power went counts as made and not flushed; a flush under way did nothing.
+* A flush that fails leaves a file as it can be read, and gives up what it did not write: no later flush does
+  that. Blocks beyond the former end that it gave up stay zeros whatever is written to them, as if they were
+  there (ext4), until the file is cut before them or memory lets go of them (`forget`).
 * SQLite's shared memory is gone.
 
 Sectors are whole or not there, and a flush that returns tells the truth, unless the disk is asked to lie.
@@ -38,6 +41,7 @@ from typing import TypeVar
 from sessionstored.engine.jsonl.disk import Disk
 
 SECTOR_BYTES = 512
+BLOCK_BYTES = 4096
 SHARES = (0.0, 0.1, 0.5, 0.9, 1.0)
 T = TypeVar("T")
 
@@ -51,6 +55,23 @@ class _File:
     changes: list[tuple[int, bytes] | int] = field(default_factory=list)
     """(offset, bytes) of a write, or the length that it was cut to."""
     mtimes_ns: list[int] = field(default_factory=list)
+    given_up: set[int] = field(default_factory=set)
+    """Blocks that look as if they had been written, and never are."""
+
+    def change(self, change: tuple[int, bytes] | int, mtime_ns: int) -> None:
+        """Remember a change as the disk will take it."""
+        if isinstance(change, int):
+            self.given_up = {block for block in self.given_up if block * BLOCK_BYTES < change}
+        elif self.given_up:
+            offset, taken = change[0], bytearray(change[1])
+            for block in self.given_up:
+                begin = max(0, block * BLOCK_BYTES - offset)
+                end = min(len(taken), (block + 1) * BLOCK_BYTES - offset)
+                if begin < end:
+                    taken[begin:end] = bytes(end - begin)
+            change = offset, bytes(taken)
+        self.changes.append(change)
+        self.mtimes_ns.append(mtime_ns)
 
     @property
     def size(self) -> int:
@@ -73,11 +94,15 @@ class _File:
 
     def give_up(self, rng: random.Random) -> None:
         """A flush failed: some of what it should have flushed is durable, the rest never will be."""
-        if self.changes:
-            content, self.mtime_ns = self.survivors(rng, rng.choice(SHARES))
-            self.durable = bytearray(content)
-        self.changes.clear()
-        self.mtimes_ns.clear()
+        if not self.changes:
+            return
+        content, mtime_ns = self.survivors(rng, rng.choice(SHARES))
+        blocks = -(-len(self.durable) // BLOCK_BYTES)
+        self.settle(mtime_ns)
+        for begin in range(blocks * BLOCK_BYTES, len(self.durable), BLOCK_BYTES):
+            if self.durable[begin : begin + BLOCK_BYTES] != content[begin : begin + BLOCK_BYTES]:
+                self.given_up.add(begin // BLOCK_BYTES)
+        self.durable = bytearray(content)
 
     def survivors(self, rng: random.Random, share: float) -> tuple[bytes, int]:
         """(content, mtime) that a power cut leaves."""
@@ -259,9 +284,7 @@ class SimulatedDisk(Disk):
         self.changed(inode, (offset, data), mtime_ns)
 
     def changed(self, inode: int, change: tuple[int, bytes] | int, mtime_ns: int) -> None:
-        file = self._files[inode]
-        file.changes.append(change)
-        file.mtimes_ns.append(mtime_ns)
+        self._files[inode].change(change, mtime_ns)
 
     def gave_up(self, stat: os.stat_result) -> None:
         self._files[stat.st_ino].give_up(self.rng)
@@ -334,6 +357,17 @@ class SimulatedDisk(Disk):
 
     def flush(self, fd: int) -> None:
         self.do("file flush", lambda: self.flushed(os.fstat(fd)), lambda: self.gave_up(os.fstat(fd)))
+
+    def forget(self, fd: int, offset: int = 0, length: int = 0) -> None:
+        stat = os.fstat(fd)
+        file, end = self._files[stat.st_ino], offset + length if length else stat.st_size
+        if file.changes:  # only what is flushed is let go of
+            return
+        with (self._attic / str(stat.st_ino)).open("r+b") as again:
+            again.seek(offset)
+            again.write(bytes(file.durable[offset:end]).ljust(end - offset, b"\0"))
+        os.utime(self._attic / str(stat.st_ino), ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        file.given_up -= set(range(offset // BLOCK_BYTES, -(-end // BLOCK_BYTES)))
 
     def flush_directory(self, path: Path) -> None:
         self.do("directory flush", lambda: self.flushed_names(path))

@@ -67,7 +67,7 @@ class Rung:
     full: int
     """How many times `make torture` asks for."""
     sample: int
-    """How many times `make test` asks for; 0: never, because it is known to fail."""
+    """How many times `make test` asks for."""
     times_min: int = 0
     """How many times a full run must have happened at the least; 0: as many as asked for."""
     phases_min: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from crash.ext4 import Ext4, unavailable
+from sessionstored.engine.jsonl.disk import Disk
 
 BLOCK_BYTES = 4096
 BLOCKS = 20
@@ -47,3 +48,28 @@ def test_what_a_failing_device_says_is_flushed_is_there_after_a_power_cut(tmp_pa
         assert [room for room in range(NEW_BLOCKS + 1) if said[room] and not whole[room]] == []
         assert said == [False] * NEW_BLOCKS + [True]
         assert all(data[: BLOCKS * BLOCK_BYTES] == b"x" * BLOCKS * BLOCK_BYTES for data in found)
+
+
+def test_what_a_failed_flush_gave_up_is_there_when_it_was_written_again(tmp_path: Path) -> None:
+    """Written in its place it is not, though the flush succeeds: ext4 takes the blocks for empty."""
+    if unavailable():
+        pytest.skip(unavailable())
+    with Ext4(tmp_path) as disk:
+        again, in_place = disk.path / "again", disk.path / "in place"
+        for path in (again, in_place):
+            assert grown(path, BLOCKS)
+        disk.settle()
+        disk.break_device()
+        assert not any(grown(path, NEW_BLOCKS) for path in (again, in_place))
+        disk.mend_device()
+        expected = b"x" * (BLOCKS + NEW_BLOCKS) * BLOCK_BYTES
+        assert [path.read_bytes() == expected for path in (again, in_place)] == [True, True], "page cache"
+        Disk().write_again(again)
+        with in_place.open("r+b") as file:
+            file.write(expected)
+        Disk().reread(in_place)
+        print("written in its place, it is there:", in_place.read_bytes() == expected)
+        disk.cut()
+        disk.unmount()
+        disk.mount()
+        assert again.read_bytes() == expected

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from crash.by_hand import BY_HAND, A, B, quiet
+from crash.by_hand import BY_HAND, A, B, opened, quiet
 from crash.disks import WatchedDisk
 from engines import done, lines
 from sessionstored.engine import Refused, Request, StartError
@@ -92,3 +92,17 @@ async def test_a_call_whose_commit_does_not_return_is_told_that_nobody_knows(
     finally:
         returns.set()
     await engine.close()
+
+
+async def test_a_read_that_finds_another_file_once_storage_failed_is_told_so(fast_path: Path) -> None:
+    """Nobody looks at that file any more: the next daemon does."""
+    async with opened(fast_path) as engine:
+        await done(engine, Append("k", [A]))
+    async with opened(fast_path) as engine:
+        file = fast_path / "sessions" / "k.jsonl"
+        file.rename(file.with_suffix(".old"))
+        file.write_bytes(A + b"\n")
+        engine._committer.fail("a flush failed elsewhere")
+        with pytest.raises(Refused) as caught:
+            await lines(engine, "k")
+        assert caught.value.refusal.reason == "SHUTTING_DOWN"

@@ -1,17 +1,21 @@
 """The simulated disk itself: what it loses, and what it keeps. And single cases that it found."""
 
+import asyncio
 import os
 import random
 from pathlib import Path
 
 import pytest
 from crash.by_hand import BY_HAND, A, B, opened, quiet, says
-from crash.simulated import SECTOR_BYTES, SHARES, Fault, SimulatedDisk
+from crash.simulated import BLOCK_BYTES, SECTOR_BYTES, SHARES, Fault, SimulatedDisk
 from crash.simulated_journal import vfs_on
 from engines import done, lines
 from sessionstored.engine import Refused, StartError
 from sessionstored.engine.jsonl import open_jsonl
 from sessionstored.rules import Append
+
+SESSIONS = 300
+"""So many that the catalogue needs pages that the database did not have."""
 
 
 class NoneOfIt(random.Random):
@@ -52,7 +56,7 @@ def test_what_was_not_flushed_is_torn_into_sectors(tmp_path: Path) -> None:
     path = tmp_path / "data" / "sessions" / "one"
     rng = random.Random(2)
     holes = short = 0
-    for _ in range(50):
+    for _ in range(SESSIONS):
         disk = SimulatedDisk(tmp_path / "data")
         fd = write(disk, path, b"x" * 100)
         disk.flush(fd)
@@ -144,6 +148,34 @@ async def test_what_a_failed_flush_left_is_readable_and_never_durable(fast_path:
     assert path.read_bytes() == b"flushed"
 
 
+@pytest.mark.parametrize("how", ["in its place", "again"])
+def test_a_new_block_that_was_given_up_is_not_written_in_its_place(fast_path: Path, how: str) -> None:
+    """As test_ext4 shows of a real one."""
+    disk = SimulatedDisk(fast_path / "data")
+    path = fast_path / "data" / "sessions" / "one"
+    fd = write(disk, path, b"x" * BLOCK_BYTES)
+    disk.flush(fd)
+    disk.flush_directory(path.parent)
+    disk.write_all(fd, b"y" * BLOCK_BYTES)
+    disk.rng = NoneOfIt()
+    disk.fault = lambda _: Fault.ERROR
+    with pytest.raises(OSError, match="injected"):
+        disk.flush(fd)
+    disk.fault = lambda _: Fault.NONE
+    os.close(fd)
+    if how == "again":
+        disk.write_again(path)
+    else:
+        fd = os.open(path, os.O_RDWR)
+        os.lseek(fd, BLOCK_BYTES, os.SEEK_SET)
+        disk.write_all(fd, b"y" * BLOCK_BYTES)
+        disk.flush(fd)
+        os.close(fd)
+    assert path.read_bytes() == b"x" * BLOCK_BYTES + b"y" * BLOCK_BYTES
+    disk.cut(random.Random(1), 1)
+    assert path.read_bytes() == b"x" * BLOCK_BYTES + (b"y" if how == "again" else b"\0") * BLOCK_BYTES
+
+
 async def start_that_is_cut(data: Path, cut_at: int, share: float) -> bool:
     """A commit whose flush fails, then a start whose n-th step is its last; whether it had so many."""
     disk = SimulatedDisk(data)
@@ -179,3 +211,27 @@ async def test_a_log_whose_flush_failed_is_durable_before_it_is_moved(fast_path:
             assert cut_at > 10
             return
     raise AssertionError("a start has no end")
+
+
+async def test_what_could_not_be_moved_into_the_database_is_moved_again(fast_path: Path) -> None:
+    """Its pages can be read there, and are not on the disk; written in their place, they never would be."""
+    data = fast_path / "data"
+    disk = SimulatedDisk(data)
+    disk.rng = NoneOfIt()
+    with vfs_on(disk) as vfs:
+        engine = await open_jsonl(data, tuning=BY_HAND, disk=disk, vfs=vfs)
+        for n in range(SESSIONS):
+            await done(engine, Append(f"{n}", [A]))
+        await quiet(engine)
+        disk.fault = lambda kind: Fault.ERROR if kind == "database flush" else Fault.NONE
+        await asyncio.to_thread(engine._maintenance.guarded_round)
+        assert engine._committer.failure
+        await engine.close()
+        disk.fault = lambda _: Fault.NONE
+        engine = await open_jsonl(data, tuning=BY_HAND, disk=disk, vfs=vfs)
+        disk.dead = True
+        await engine.close()
+        disk.cut(random.Random(1), 0)
+    async with opened(data) as engine:
+        for n in range(SESSIONS):
+            assert await lines(engine, f"{n}") == [A]

@@ -115,8 +115,8 @@ class Committer:
     def look_again(self, key: str) -> "Future[None]":
         """Look between two groups at a session's file, which is not what a reader expected.
 
-        The future fails with Refused, or with OSError once storage has failed. A disk that fails at this, and
-        is not just full, stops everything: what was adopted there would not be durable.
+        The future fails with Refused, also once storage has failed. A disk that fails at this, and is not
+        just full, stops everything: what was adopted there would not be durable.
         """
         return self.run(lambda: self._look_again(key))
 
@@ -186,7 +186,7 @@ class Committer:
             return  # nobody waits for it any more
         try:
             if self.failure:
-                raise OSError(self.failure)
+                raise OSError(self.failure) if fatal else Refused(STOPPING)
             result = task()
         except BaseException as error:  # what is not fatal is its owner's business: see its future
             if fatal and not is_disk_full(error):

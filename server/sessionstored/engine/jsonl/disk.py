@@ -8,6 +8,9 @@ import errno
 import os
 from pathlib import Path
 
+_PART_BYTES = 16 << 20
+"""Of a file that is written again; a multiple of whatever part of a file memory keeps as one."""
+
 
 class Disk:
     """The real disk."""
@@ -36,15 +39,31 @@ class Disk:
         """
         _flush(fd)
 
-    def write_again(self, path: Path) -> None:
-        """Write a file's bytes once more where they are, and flush them.
+    def forget(self, fd: int, offset: int = 0, length: int = 0) -> None:
+        """Let go of what memory has of a flushed file, to the end if `length` is 0: the device is read next.
 
-        After a flush that failed, what a file says may be in memory only, and no flush writes it any more.
+        After a flush that failed, what a file says may be in memory only, and no flush writes it any more. It
+        does not help to write it again in its place: ext4 then writes blocks that it goes on to take for
+        empty, and says that they are flushed.
         """
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+
+    def reread(self, path: Path) -> None:
+        """Have a file be read from the device from now on."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            self.flush(fd)
+            self.forget(fd)
+        finally:
+            os.close(fd)
+
+    def write_again(self, path: Path) -> None:
+        """Make what can be read of a file durable, in its place, whatever flush of it failed."""
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            while data := os.read(fd, 1 << 20):
-                os.lseek(fd, -len(data), os.SEEK_CUR)
+            self.flush(fd)
+            while data := os.read(fd, _PART_BYTES):
+                self.forget(fd, os.lseek(fd, -len(data), os.SEEK_CUR), len(data))
                 self.write_all(fd, data)
             self.flush(fd)
         finally:

@@ -51,7 +51,7 @@ def open_vault(
         store = directory.read_store()
         directory.remove_backup_folders()
         if store is None or not store.clean:
-            _write_log_again(directory, disk)
+            _distrust_memory(directory, disk)
         journal = _open_journal(directory, store, durability, accept_loss, vfs)
         try:
             return _recovered(
@@ -72,14 +72,16 @@ def open_vault(
         raise start_error(directory, error) from error
 
 
-def _write_log_again(directory: Directory, disk: Disk) -> None:
-    """Make the write-ahead log durable as it can be read: its last flush may have failed.
+def _distrust_memory(directory: Directory, disk: Disk) -> None:
+    """Have the journal and its log say what is on the disk, where a flush may have failed.
 
-    SQLite moves it into the database page by page. If the power went meanwhile, and the log on the disk were
-    shorter than the one that was read, nothing could complete a page or a commit of which a part was moved.
+    Of the database, memory may show what SQLite could not move into it. All of that is still in the log, and
+    is moved again. So the log is made durable as it can be read: were the one on the disk shorter, and the
+    power went while it is moved, nothing could complete a page or a commit of which a part was moved.
     """
-    with suppress(FileNotFoundError):
-        disk.write_again(log_of(directory.journal))
+    for path, settle in ((directory.journal, disk.reread), (log_of(directory.journal), disk.write_again)):
+        with suppress(FileNotFoundError):
+            settle(path)
 
 
 def start_error(directory: Directory, error: apsw.Error | OSError | WrongRow) -> StartError:
