@@ -284,11 +284,11 @@ class Watcher:
                 ready.append(event)
                 continue
             async for part in self._load(event):
-                ready.append(part)
-                loaded_bytes += part.size
-                if loaded_bytes > BATCH_BYTES_MAX:
+                if ready and loaded_bytes + part.size > BATCH_BYTES_MAX:
                     yield Batch(ready, self.cursor)
                     ready, loaded_bytes = [], 0
+                ready.append(part)
+                loaded_bytes += part.size
         given()
         if ready or events:
             yield Batch(ready, self.cursor)
