@@ -126,7 +126,7 @@ class Feed:
                 size = event.size if concerned else 0
                 for watcher in concerned:
                     watcher.push(position, event, size)
-            if self._waiting_bytes > self.limits.watching_bytes_max:
+            if self.is_full:
                 self._shed()
         self.position = position
 
@@ -140,8 +140,15 @@ class Feed:
 
     def _shed(self) -> None:
         """End the watchers for whom most waits, until the others have room."""
-        while self._waiting_bytes > self.limits.watching_bytes_max:
-            max(self._watchers, key=lambda watcher: watcher.pending_bytes).end_slow()
+        for watcher in sorted(self._watchers, key=lambda watcher: -watcher.pending_bytes):
+            if not self.is_full:
+                break
+            watcher.end_slow()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether more waits for watchers than fits."""
+        return self._waiting_bytes > self.limits.watching_bytes_max
 
     def hold(self, event: Event, size: int) -> None:
         """Count an event that waits for one more watcher."""

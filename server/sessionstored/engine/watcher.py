@@ -250,14 +250,30 @@ class Watcher:
 
             old = await feed.source.replay(behind.position, through, concerns, BATCH_BYTES_MAX)
             events, reached = [event for event in old.events if concerns(event.key)], old.position
+        sizes = [event.size for event in events]
+        self._hold(events, sizes)
 
         def given() -> None:
             behind.position = reached
             if behind.through is not None and reached >= behind.through and behind in self._behind:
                 self._behind.remove(behind)
 
-        async for batch in self._give(events, given):
-            yield batch
+        try:
+            async for batch in self._give(events, given):
+                yield batch
+        finally:
+            for event in events:
+                feed.let_go(event)
+
+    def _hold(self, events: Sequence[Event], sizes: Sequence[int]) -> None:
+        """Old events wait as new ones do. Raises Refused: WATCHER_TOO_SLOW, there is no room for them now."""
+        for event, size in zip(events, sizes, strict=True):
+            self._feed.hold(event, size)
+        if self._feed.is_full:
+            for event in events:
+                self._feed.let_go(event)
+            self.end_slow()
+            self._check()
 
     def _register(self, behind: _Behind) -> None:
         """What comes from now on comes by itself."""
