@@ -13,7 +13,7 @@ from sessionstore.v1 import session_store_pb2 as v1
 
 from sessionstored import replies
 from sessionstored.engine import Engine, Refused, Watch
-from sessionstored.engine.events import Batch, Changed, Deleted, Event, Loaded
+from sessionstored.engine.events import Batch, Changed, Deleted, Event, LeaseTold, Loaded
 from sessionstored.reads import REPLY_BYTES_MAX
 from sessionstored.requests import Bounds, check_key, refuse
 
@@ -133,6 +133,12 @@ def _messages(event: Event) -> Iterator[tuple[v1.WatchEvent, int]]:
     match what:
         case Deleted():
             message.deleted.expired = what.expired
+            yield message, 0
+        case LeaseTold():
+            lease = what.lease
+            as_of_s = lease.expires_s if what.ended else lease.acquired_s
+            message.lease.lease.CopyFrom(replies.lease(lease, as_of_s))
+            message.lease.ended = what.ended
             yield message, 0
         case Loaded():
             message.changed.session.CopyFrom(replies.session(what.head))

@@ -488,7 +488,7 @@ def test_a_signal_while_the_store_is_being_opened_ends_it_soon(make_daemon, tmp_
     slow = (
         "import sys, time\n"
         "from sessionstored.engine.jsonl.recovery import Recovery\n"
-        "Recovery.run = lambda self: (print('opening', file=sys.stderr, flush=True), time.sleep(200))\n"
+        "Recovery.run = lambda self, **_: (print('opening', file=sys.stderr, flush=True), time.sleep(200))\n"
         "from sessionstored.cli import main\n"
         "main()\n"
     )

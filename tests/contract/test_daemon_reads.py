@@ -287,6 +287,8 @@ def test_server_info(shared_daemon):
         window_request_ids_max=1000,
         window_age_max={"seconds": 24 * 3600},
         window_bytes_max=MIB,
+        lease_ttl_min={"seconds": 1},
+        lease_ttl_max={"seconds": 3600},
         watchers_max=4096,
         watch_keys_max=10_000,
         feed_age_max={"seconds": 600},

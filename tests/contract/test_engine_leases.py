@@ -317,7 +317,7 @@ async def test_the_feed_has_what_became_of_leases(tmp_path: Path, monkeypatch: p
         assert isinstance(engine, JsonlEngine)
         records = [
             record
-            for _, _, body, whole in engine._vault.journal.rows()
+            for _, _, body, whole in engine._vault.journal.rows(0)
             for record in read_row(body)
             if isinstance(record, LeaseRecord) and whole
         ]

@@ -129,6 +129,8 @@ class PowerDisk(WatchedDisk):
 class FullDisk(WatchedDisk):
     """A disk with `room` bytes left for session files: writes come short, then fail; None is endless.
 
+    What is written in the place of bytes that are there needs no room.
+
     `room` may be set while another thread writes.
     """
 
@@ -151,11 +153,12 @@ class FullDisk(WatchedDisk):
         with self._lock:
             if self._room is None:
                 return super().write(fd, data)
-            if self._room == 0:
+            there = max(0, os.fstat(fd).st_size - os.lseek(fd, 0, os.SEEK_CUR))
+            if self._room == 0 and not there:
                 self.refused += 1
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            written = super().write(fd, data[: self._room])
-            self._room -= written
+            written = super().write(fd, data[: there + self._room])
+            self._room -= max(0, written - there)
             return written
 
     def free_bytes(self, path: Path) -> int:

@@ -68,7 +68,8 @@ def test_restarts_under_writers_in_several_processes(make_daemon: Any, tmp_path:
         for writer in writers:
             if writer.poll() is not None:
                 pytest.fail(f"a writer ended: {writer.communicate()}")
-        return len(acknowledged()) >= expected
+        done = acknowledged()
+        return len(done) >= expected and len({by for by, _, _ in done}) == PROCESSES * WRITERS_EACH
 
     try:
         for number in range(RESTARTS + 1):

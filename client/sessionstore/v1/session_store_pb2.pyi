@@ -1261,7 +1261,9 @@ class LeaseChanged(google.protobuf.message.Message):
     LEASE_FIELD_NUMBER: builtins.int
     ENDED_FIELD_NUMBER: builtins.int
     ended: builtins.bool
-    """ended tells that it was released. A lease that is over because nobody renewed it has no event of its own."""
+    """ended tells that it was released, or found to have run out: that comes with the next thing that a lease would have
+    prevented, or later; `remaining` tells when to expect it.
+    """
     @property
     def lease(self) -> global___Lease:
         """lease is what was acquired, with its remaining time as of then, or what ended."""

@@ -8,6 +8,7 @@ instead. Events are shared by all watchers: nobody changes one.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sessionstored.leases import Lease, LeaseEvent
 from sessionstored.rules import Change, Head
 
 _EVENT_BYTES = 512
@@ -55,7 +56,15 @@ class Deleted:
     """Its time was over; else somebody deleted it."""
 
 
-What = Changed | Reload | Loaded | Deleted
+@dataclass(frozen=True, slots=True)
+class LeaseTold:
+    """A lease was acquired, or ended. It does not move the session's revision."""
+
+    lease: Lease
+    ended: bool
+
+
+What = Changed | Reload | Loaded | Deleted | LeaseTold
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +94,11 @@ def changed(head: Head, previous_revision: int, change: Change, source_key: str 
     if not source_key:
         what = Changed(head, change.start, change.delete_count, change.messages)
     return Event(head.key, head.revision, previous_revision, what)
+
+
+def lease_told(lease: Lease, event: LeaseEvent) -> Event:
+    """The event of what became of a lease; of no session's revision."""
+    return Event(lease.key, 0, 0, LeaseTold(lease, not event.in_force))
 
 
 @dataclass(frozen=True, slots=True)

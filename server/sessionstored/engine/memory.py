@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 
 from sessionstored.engine import BackupItem, Order, Page, Query, Refused, Reply, Request, Slice
-from sessionstored.engine.events import Deleted, Event, changed
+from sessionstored.engine.events import Deleted, Event, changed, lease_told
 from sessionstored.engine.feed import DEFAULT_FEED_LIMITS, Feed, FeedLimits, Old, expired
 from sessionstored.engine.leasing import LeaseBook
 from sessionstored.engine.settle import expired_in_queue, settle
@@ -169,6 +169,8 @@ class MemoryEngine:
         self._leases.update({lease.key: lease if event.in_force else None})
         if event is LeaseEvent.ACQUIRED:
             self._revision = lease.token
+        if event is not LeaseEvent.RENEWED:
+            self._publish(lease_told(lease, event))
 
     def lease_count(self) -> int:
         """How many leases are in force."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sessionstored.engine import Refused
-from sessionstored.engine.events import Batch, Deleted, Event, Loaded, Reload
+from sessionstored.engine.events import Batch, Deleted, Event, LeaseTold, Loaded, Reload
 from sessionstored.rules import Head, Refusal
 
 if TYPE_CHECKING:
@@ -311,6 +311,8 @@ class Watcher:
 
     def _known(self, event: Event) -> bool:
         """Whether an event is left out: it is in what was given whole, or nothing to build on was there."""
+        if isinstance(event.what, LeaseTold):
+            return False
         loaded = self._loaded.get(event.key)
         if loaded is not None and event.revision <= loaded[0]:
             return True

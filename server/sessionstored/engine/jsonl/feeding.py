@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import apsw
 
-from sessionstored.engine.events import Changed, Deleted, Event, Reload
+from sessionstored.engine.events import Changed, Deleted, Event, Reload, lease_told
 from sessionstored.engine.jsonl.records import (
     AdoptRecord,
     DeleteRecord,
+    LeaseRecord,
     Record,
     SessionRecord,
     checksum,
@@ -144,6 +145,8 @@ def _events(records: Iterator[Record]) -> Iterator[Event]:
                     yield Event(record.key, record.revision, record.previous_revision, what_else)
             case AdoptRecord():
                 yield Event(record.key, record.revision, record.previous_revision, Reload())
+            case LeaseRecord():
+                yield lease_told(record.lease, record.event)
 
 
 def _int(value: object) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sessionstored.engine import Refused, Reply, Request
-from sessionstored.engine.events import Deleted, Event, changed
+from sessionstored.engine.events import Deleted, Event, changed, lease_told
 from sessionstored.engine.jsonl.answers import StoredRequest
 from sessionstored.engine.jsonl.catalogue import Entry
 from sessionstored.engine.jsonl.files import CHANGED, FileChanged
@@ -161,6 +161,7 @@ class Group:
             self.vault.revision = lease.token
         if event is not LeaseEvent.RENEWED:
             self.row.lease(LeaseRecord(event, lease))
+            self.events.append(lease_told(lease, event))
 
     def lease_count(self) -> int:
         """How many leases there are, about: those of before, and those that this group has dealt with."""
