@@ -12,7 +12,7 @@ from crash.by_hand import BY_HAND, A, B, opened, quiet
 from crash.disks import WatchedDisk
 from engines import done, lines
 from sessionstored.engine import Refused, Request, StartError
-from sessionstored.engine.jsonl import open_jsonl
+from sessionstored.engine.jsonl import committer, open_jsonl
 from sessionstored.rules import Append, Fork, Mutation, Replace
 
 
@@ -106,3 +106,28 @@ async def test_a_read_that_finds_another_file_once_storage_failed_is_told_so(fas
         with pytest.raises(Refused) as caught:
             await lines(engine, "k")
         assert caught.value.refusal.reason == "SHUTTING_DOWN"
+
+
+async def test_a_damaged_session_that_cannot_be_set_aside_stops_the_engine(
+    fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its waiting lines go to quarantine first: that this fails is no defect, and no warning."""
+
+    def fail(*_: object) -> bool:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    engine = await open_jsonl(fast_path, tuning=BY_HAND)
+    await done(engine, Append("k", [A]))
+    await engine.close()
+    engine = await open_jsonl(fast_path, tuning=BY_HAND)
+    monkeypatch.setattr(committer, "confirm", fail)
+    fd = os.open(fast_path / "sessions" / "k.jsonl", os.O_WRONLY)
+    stat = os.fstat(fd)
+    os.pwrite(fd, b"X", stat.st_size - 4)
+    os.utime(fd, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    os.close(fd)
+    with pytest.raises(Refused) as caught:
+        await lines(engine, "k")
+    assert caught.value.refusal.reason == "SHUTTING_DOWN"
+    assert "Errno 5" in await asyncio.wait_for(engine.failed(), 60)
+    await engine.close()

@@ -22,7 +22,6 @@ from sessionstored.engine.feed import DEFAULT_FEED_LIMITS, Feed, FeedLimits, Old
 from sessionstored.engine.jsonl import feeding, pages
 from sessionstored.engine.jsonl.backing_up import Backups
 from sessionstored.engine.jsonl.committer import NEEDS_NO_ROOM, STOPPING, UNKNOWN, Committer, Job, StaleFork
-from sessionstored.engine.jsonl.damage import confirm
 from sessionstored.engine.jsonl.disk import Disk
 from sessionstored.engine.jsonl.files import FileChanged, Region, WrongBlock
 from sessionstored.engine.jsonl.forks import prepare
@@ -448,7 +447,7 @@ class JsonlEngine:
             return await self._read(lambda: self._vault.read_cold(state, region, start, stop, max_bytes))
         except WrongBlock as wrong:
             generation, block = wrong.generation, wrong.block
-            task = self._committer.run(lambda: confirm(self._vault, state.key, generation, block))
+            task = self._committer.confirm(state.key, generation, block)
             await asyncio.shield(asyncio.wrap_future(task))
             raise
 

@@ -20,6 +20,7 @@ from typing import TypeVar
 import apsw
 
 from sessionstored.engine import Refused, Reply, Request
+from sessionstored.engine.jsonl.damage import confirm
 from sessionstored.engine.jsonl.files import FULL
 from sessionstored.engine.jsonl.group import Group, PreparedFork
 from sessionstored.engine.jsonl.state import Draft
@@ -118,11 +119,15 @@ class Committer:
         The future fails with Refused, also once storage has failed. A disk that fails at this, and is not
         just full, stops everything: what was adopted there would not be durable.
         """
-        return self.run(lambda: self._look_again(key))
+        return self.run(lambda: self._looking(lambda: self._vault.readopt(key)))
 
-    def _look_again(self, key: str) -> None:
+    def confirm(self, key: str, generation: int, block: int) -> "Future[bool]":
+        """Look between two groups at a block that a reader found wrong; fails as `look_again` does."""
+        return self.run(lambda: self._looking(lambda: confirm(self._vault, key, generation, block)))
+
+    def _looking(self, look: Callable[[], T]) -> T:
         try:
-            self._vault.readopt(key)
+            return look()
         except (apsw.Error, OSError) as error:
             if is_disk_full(error):
                 raise Refused(self.full()) from error

@@ -19,7 +19,6 @@ from sessionstored.engine.jsonl import pages
 from sessionstored.engine.jsonl.blocks import BLOCK_BYTES
 from sessionstored.engine.jsonl.catalogue import Entry, KnownFile
 from sessionstored.engine.jsonl.committer import Committer
-from sessionstored.engine.jsonl.damage import confirm
 from sessionstored.engine.jsonl.journal import Reader
 from sessionstored.engine.jsonl.lost_rows import DAMAGE
 from sessionstored.engine.jsonl.vault import Vault
@@ -123,7 +122,7 @@ class Scrubber:
             self._sessions += 1
             return
         try:
-            task = self._committer.run(lambda: confirm(self._vault, entry.head.key, entry.generation, wrong))
+            task = self._committer.confirm(entry.head.key, entry.generation, wrong)
             self._damaged += task.result()
         except (Refused, OSError) as error:
             log.warning("sessions/%s could not be looked at again: %s", entry.file, error)
