@@ -101,8 +101,8 @@ class _Plain:
             return lambda *args, **kwargs: self._driver.wait(value(*args, **kwargs))
         if name == "list":
             return lambda *args, **kwargs: _iterate(self._driver, value(*args, **kwargs))
-        if name == "edit":
-            return lambda: _block(self._driver, value())
+        if name in ("edit", "turn"):
+            return lambda *args, **kwargs: _block(self._driver, value(*args, **kwargs))
         return value
 
     def __repr__(self) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         REMOVE,
         Appended,
         Head,
+        Lease,
         Message,
         ScrubStatus,
         ServerInfo,
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
         Unseen,
         Written,
     )
-    from sessionstore.aio import AsyncSessionHandle, AsyncSessionStore
-    from sessionstore.client import SessionHandle, SessionStore
+    from sessionstore.aio import AsyncSessionHandle, AsyncSessionStore, AsyncTurn
+    from sessionstore.client import SessionHandle, SessionStore, Turn
     from sessionstore.errors import (
         AlreadyExistsError,
         CallExpiredError,
@@ -48,7 +49,8 @@ if TYPE_CHECKING:
     )
 
 _TYPES = (
-    "REMOVE", "Appended", "Head", "Message", "ScrubStatus", "ServerInfo", "ServerLimits", "Unseen", "Written",
+    "REMOVE", "Appended", "Head", "Lease", "Message", "ScrubStatus", "ServerInfo", "ServerLimits", "Unseen",
+    "Written",
 )  # fmt: skip
 _ERRORS = (
     "AlreadyExistsError", "CallExpiredError", "ConflictError", "CursorExpiredError", "DataLossError",
@@ -61,17 +63,19 @@ _HOMES = {
     **dict.fromkeys(_ERRORS, "sessionstore.errors"),
     "AsyncSessionHandle": "sessionstore.aio",
     "AsyncSessionStore": "sessionstore.aio",
+    "AsyncTurn": "sessionstore.aio",
     "SessionHandle": "sessionstore.client",
     "SessionStore": "sessionstore.client",
+    "Turn": "sessionstore.client",
 }
 
 __all__ = [
-    "REMOVE", "AlreadyExistsError", "Appended", "AsyncSessionHandle", "AsyncSessionStore",
+    "REMOVE", "AlreadyExistsError", "Appended", "AsyncSessionHandle", "AsyncSessionStore", "AsyncTurn",
     "CallExpiredError", "ConflictError", "CursorExpiredError", "DataLossError", "DeadlineExceededError",
-    "Head", "InternalError", "InvalidArgumentError", "LeaseHeldError", "LeaseLostError", "LimitError",
-    "Message", "NotFoundError", "OutcomeUnknownError", "ScrubStatus",
-    "ServerInfo", "ServerLimits", "SessionHandle", "SessionStore", "SessionStoreError", "StorageFullError",
-    "TooLargeError", "UnavailableError", "Unseen", "UnsupportedError", "Written", "__version__",
+    "Head", "InternalError", "InvalidArgumentError", "Lease", "LeaseHeldError", "LeaseLostError",
+    "LimitError", "Message", "NotFoundError", "OutcomeUnknownError", "ScrubStatus", "ServerInfo",
+    "ServerLimits", "SessionHandle", "SessionStore", "SessionStoreError", "StorageFullError",
+    "TooLargeError", "Turn", "UnavailableError", "Unseen", "UnsupportedError", "Written", "__version__",
 ]  # fmt: skip
 
 

@@ -61,7 +61,7 @@ _ENDED_UNKNOWN = frozenset({"INTERNAL", "GRPC_DEADLINE_EXCEEDED", "GRPC_DATA_LOS
 _DECIDED = frozenset({
     "SESSION_NOT_FOUND", "SESSION_EXISTS", "REVISION_CONFLICT", "INDEX_OUT_OF_RANGE",
     "LAST_CONSOLIDATED_OUT_OF_RANGE", "METADATA_TOO_LARGE", "ARGUMENT_INVALID", "DATA_LOSS", "CALL_REUSED",
-    "REQUEST_ID_REUSED",
+    "REQUEST_ID_REUSED", "LEASE_HELD", "LEASE_LOST",
 })  # fmt: skip
 
 
@@ -176,8 +176,8 @@ class Attempts:
 
     def __init__(self, rpc: Rpc, timeout_s: float, now_s: float) -> None:
         self._rpc = rpc
-        self._timeout_s = timeout_s
-        self._deadline_s = now_s + timeout_s
+        self._timeout_s = rpc.timeout_s(timeout_s)
+        self._deadline_s = now_s + self._timeout_s
         self._failed = 0
         self._last: SessionStoreError | None = None
 

@@ -107,6 +107,8 @@ class Connection:
         calls = self._calls
         if rpc.method.name not in calls:
             raise ChannelGoneError
+        if rpc.wait_s:
+            return self._send_and_wait(calls, rpc, timeout_s)
         with inside_grpc():
             try:
                 reply = calls[rpc.method.name](rpc.request, timeout=timeout_s)
@@ -115,6 +117,23 @@ class Connection:
                     raise
                 raise ChannelGoneError from None
             return list(reply) if rpc.method.streams else reply
+
+    def _send_and_wait(self, calls: dict[str, Any], rpc: Rpc, timeout_s: float) -> Any:
+        """As `send`, for what the daemon may answer late: it is not waited for inside grpc."""
+        with inside_grpc():
+            try:
+                call = calls[rpc.method.name].future(rpc.request, timeout=timeout_s)
+            except ValueError:
+                if calls is self._calls and not self.closed:
+                    raise
+                raise ChannelGoneError from None
+        try:
+            return call.result()
+        except grpc.FutureCancelledError:  # the channel was closed
+            raise call from None
+        except BaseException:
+            call.cancel()  # of a caller who was interrupted: the daemon shall not keep its place
+            raise
 
     def stream(self, rpc: Rpc) -> Iterator[Any]:
         """The replies of one attempt, as they come, for as long as it takes. Raises grpc.RpcError."""

@@ -11,14 +11,17 @@ An operation never sees a retry: an Rpc either has an answer or an error that is
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from math import inf, isfinite
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message as Proto
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from sessionstore import codec
 from sessionstore._types import (
     Head,
+    Lease,
     Message,
     MessageInput,
     OrderBy,
@@ -74,8 +77,13 @@ FORK = Method("ForkSession", pb.ForkSessionRequest, pb.ForkSessionResponse)
 DELETE = Method("DeleteSession", pb.DeleteSessionRequest, pb.DeleteSessionResponse)
 READ = Method("ReadMessages", pb.ReadMessagesRequest, pb.ReadMessagesResponse, mutates=False, streams=True)
 BACKUP = Method("Backup", pb.BackupRequest, pb.BackupResponse, mutates=False, streams=True)
+ACQUIRE = Method("AcquireLease", pb.AcquireLeaseRequest, pb.AcquireLeaseResponse)
+RENEW = Method("RenewLease", pb.RenewLeaseRequest, pb.RenewLeaseResponse, mutates=False)
+RELEASE = Method("ReleaseLease", pb.ReleaseLeaseRequest, pb.ReleaseLeaseResponse, mutates=False)
+LEASE = Method("GetLease", pb.GetLeaseRequest, pb.GetLeaseResponse, mutates=False)
 METHODS: tuple[Method[Any, Any], ...] = (
     INFO, CREATE, GET, LIST, APPEND, REPLACE, POP, UPDATE, FORK, DELETE, READ, BACKUP,
+    ACQUIRE, RENEW, RELEASE, LEASE,
 )  # fmt: skip
 
 
@@ -89,6 +97,14 @@ class Rpc:
     """Its place in the client's window; the driver gets it before the first attempt of a change."""
     maybe_applied: bool = False
     """An attempt was sent whose fate is not known."""
+    wait_s: float = 0.0
+    """How long the daemon may wait before it answers, beyond the time that a call has."""
+    within_s: float = inf
+    """How long all attempts may take, if that is less."""
+
+    def timeout_s(self, usual_s: float) -> float:
+        """How long all attempts may take, where a call usually has so much time."""
+        return min(usual_s + self.wait_s, self.within_s)
 
     def identity(self) -> session_pb2.CallIdentity:
         """The call identity in the request of a change."""
@@ -118,9 +134,10 @@ def change(
     request: Request,
     held: Held,
     finish: Callable[[Reply], Operation[Value]],
+    wait_s: float = 0.0,
 ) -> Operation[Value]:
     """A change, and what follows its answer. If its outcome is unknown, `retry` goes on from here."""
-    return (yield from _send(Rpc(method, request), held, finish))
+    return (yield from _send(Rpc(method, request, wait_s=wait_s), held, finish))
 
 
 def _send(rpc: Rpc, held: Held, finish: Callable[[Any], Operation[Value]]) -> Operation[Value]:
@@ -228,6 +245,8 @@ def info() -> Operation[ServerInfo]:
             window_bytes_max=limits.window_bytes_max,
             window_request_ids_max=limits.window_request_ids_max,
             window_age_max=limits.window_age_max.ToTimedelta(),
+            lease_ttl_min=limits.lease_ttl_min.ToTimedelta(),
+            lease_ttl_max=limits.lease_ttl_max.ToTimedelta(),
         ),
         scrub=_scrub_of(reply.scrub) if reply.HasField("scrub") else None,
     )
@@ -326,12 +345,14 @@ def delete(
     expected_revision: int | None,
     request_id: str | None,
     finish: Callable[[pb.DeleteSessionResponse], Operation[Written]],
+    fencing_token: int = 0,
 ) -> Operation[Written]:
     """Remove a session."""
     request = pb.DeleteSessionRequest(
         key=text("key", held.key, "KEY_INVALID"),
         request_id=text("request_id", request_id or ""),
         expected_revision=optional("expected_revision", expected_revision),
+        fencing_token=fencing_token,
     )
     return change(DELETE, request, held, finish)
 
@@ -339,6 +360,12 @@ def delete(
 def deleted(reply: pb.DeleteSessionResponse) -> Operation[Written]:
     """What the removal came to."""
     return done(written(reply.result))
+
+
+def lease(key: str) -> Operation[Lease | None]:
+    """The lease of a session that is in force."""
+    reply = yield from ask(LEASE, pb.GetLeaseRequest(key=text("key", key, "KEY_INVALID")))
+    return lease_of(reply.lease) if reply.HasField("lease") else None
 
 
 # ----------------------------------------------------------------------------------- values, in and out
@@ -408,6 +435,19 @@ def head_of(session: session_pb2.Session) -> Head:
     )
 
 
+def lease_of(lease: pb.Lease) -> Lease:
+    """A lease from the wire."""
+    return Lease(
+        lease.key,
+        lease.holder,
+        lease.fencing_token,
+        lease.mode == pb.LEASE_MODE_APPENDS_ALLOWED,
+        lease.ttl.ToTimedelta().total_seconds(),
+        lease.remaining.ToTimedelta().total_seconds(),
+        moment(lease.acquire_time),
+    )
+
+
 def written(result: session_pb2.WriteResult) -> Written:
     """What a change came to, from the wire."""
     return Written(
@@ -458,6 +498,20 @@ def integer(name: str, value: int, bits: int = 64) -> int:
     if not -(1 << bits - 1) <= value < 1 << bits - 1:
         raise invalid(name, f"is beyond {bits} bits")
     return value
+
+
+_SECONDS_MAX = 10**9
+
+
+def seconds(name: str, value: float) -> Duration:
+    """A time span for the wire, given in seconds: 0 or more."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise invalid(name, f"must be a number of seconds, not {type(value).__name__}")
+    if not isfinite(value) or not 0 <= value <= _SECONDS_MAX:
+        raise invalid(name, f"must be 0 to {_SECONDS_MAX} seconds, not {value!r}")
+    span = Duration()
+    span.FromNanoseconds(round(value * 10**9))
+    return span
 
 
 def optional(name: str, value: int | None) -> int | None:

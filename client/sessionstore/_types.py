@@ -74,6 +74,24 @@ class Appended:
 
 
 @dataclass(frozen=True, slots=True)
+class Lease:
+    """Who may write to a session, as of the daemon's answer."""
+
+    key: str
+    holder: str
+    """What the holder calls itself."""
+    fencing_token: int
+    """Higher than that of every earlier lease of the store."""
+    allows_appends: bool
+    """Whether others may append meanwhile; they may do nothing else."""
+    ttl_s: float
+    remaining_s: float
+    """How long it is in force, unless it is renewed."""
+    acquire_time: datetime
+    """Aware, UTC; on the daemon's wall clock."""
+
+
+@dataclass(frozen=True, slots=True)
 class Unseen:
     """What a refused writer has not seen.
 
@@ -111,6 +129,8 @@ class ServerLimits:
     window_bytes_max: int
     window_request_ids_max: int
     window_age_max: timedelta
+    lease_ttl_min: timedelta
+    lease_ttl_max: timedelta
 
 
 @dataclass(frozen=True, slots=True)

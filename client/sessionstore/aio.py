@@ -6,6 +6,7 @@ once, not from another thread's loop, and not after a fork. Cancelling a task du
 whether the change was applied; only `expected_revision` or `request_id` can.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
 from datetime import datetime
@@ -15,9 +16,12 @@ from typing import Self
 from sessionstore import _operations as ops
 from sessionstore._adriver import AsyncDriver
 from sessionstore._editing import EditFunction, begin, edit, store
+from sessionstore._operations import Operation, Value
+from sessionstore._renewals import AsyncRenewals
 from sessionstore._snapshot import Snapshot, absent, joined
 from sessionstore._targets import resolve_targets, resolve_timeout_s
-from sessionstore._types import Appended, Head, Message, MessageInput, OrderBy, ServerInfo, Written
+from sessionstore._turn import Holding, TurnState, acquire, default_holder
+from sessionstore._types import Appended, Head, Lease, Message, MessageInput, OrderBy, ServerInfo, Written
 from sessionstore.session import BaseHandle, load
 
 AsyncHeads = AsyncIterator[Head]
@@ -30,6 +34,7 @@ class AsyncSessionStore:
     def __init__(self, target: str | None = None, *, timeout: float | None = None) -> None:
         self._targets = resolve_targets(target)
         self._driver = AsyncDriver(self._targets, resolve_timeout_s(timeout))
+        self._turns = AsyncRenewals(self._driver.run)
 
     def __repr__(self) -> str:
         return f"<AsyncSessionStore {','.join(self._targets)}>"
@@ -118,12 +123,17 @@ class AsyncSessionHandle(BaseHandle):
     def __init__(self, owner: AsyncSessionStore, snapshot: Snapshot) -> None:
         super().__init__(owner, snapshot)
         self._run = owner._driver.run
+        self._turns = owner._turns
 
     async def append(
-        self, *messages: MessageInput, expected_revision: int | None = None, request_id: str | None = None
+        self,
+        *messages: MessageInput,
+        expected_revision: int | None = None,
+        request_id: str | None = None,
+        wait: float = 0.0,
     ) -> Appended:
         """As `SessionHandle.append`."""
-        return await self._run(self._append(ops.encode(messages), expected_revision, request_id))
+        return await self._run(self._append(ops.encode(messages), expected_revision, request_id, wait))
 
     async def pop(
         self, *, expected_revision: int | None = None, request_id: str | None = None
@@ -184,9 +194,53 @@ class AsyncSessionHandle(BaseHandle):
         await self._run(self._refresh())
         return self
 
+    async def lease(self) -> Lease | None:
+        """As `SessionHandle.lease`."""
+        return await self._run(ops.lease(self.key))
+
+    @asynccontextmanager
+    async def turn(
+        self,
+        ttl: float = 60.0,
+        wait: float = 10.0,
+        *,
+        allow_appends: bool = False,
+        holder: str | None = None,
+    ) -> AsyncIterator["AsyncTurn"]:
+        """As `SessionHandle.turn`, for ``async with``; `holder` is host, process and task if it is None."""
+        task = asyncio.current_task()
+        holder = default_holder(task.get_name() if task else "") if holder is None else holder
+        holding = await self._run(acquire(self.key, ttl, wait, allow_appends, holder))
+        self._turns.add(holding)
+        try:
+            await self._run(self._refresh())
+            yield AsyncTurn(self, holding)
+            holding.check()
+        finally:
+            await self._turns.end(holding)
+
     @asynccontextmanager
     async def edit(self) -> AsyncIterator[Messages]:
         """As `SessionHandle.edit`: ``async with session.edit() as messages:``."""
         draft = begin(self)
         yield draft.messages
         await self._run(store(self, draft, draft.messages))
+
+
+class AsyncTurn(TurnState, AsyncSessionHandle):
+    """As `Turn`, to be awaited. Made by `AsyncSessionHandle.turn`."""
+
+    def __init__(self, handle: AsyncSessionHandle, holding: Holding) -> None:
+        TurnState.__init__(self, handle, holding)
+        self._handle = handle
+        self._turns = handle._turns
+        self._run = self._run_checked
+
+    async def _run_checked(self, operation: Operation[Value]) -> Value:
+        return await self._handle._run(self._checked(operation))
+
+    async def fork(
+        self, to: str, at: int | None = None, *, request_id: str | None = None
+    ) -> AsyncSessionHandle:
+        """As `SessionHandle.fork`."""
+        return await self._handle.fork(to, at, request_id=request_id)

@@ -3,6 +3,7 @@
 Thin: `_operations` and `session` know what, `_driver` waits.
 """
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
@@ -12,9 +13,12 @@ from typing import Self
 from sessionstore import _operations as ops
 from sessionstore._driver import Driver
 from sessionstore._editing import EditFunction, begin, edit, store
+from sessionstore._operations import Operation, Value
+from sessionstore._renewals import Renewals
 from sessionstore._snapshot import Snapshot, absent, joined
 from sessionstore._targets import resolve_targets, resolve_timeout_s
-from sessionstore._types import Appended, Head, Message, MessageInput, OrderBy, ServerInfo, Written
+from sessionstore._turn import Holding, TurnState, acquire, default_holder
+from sessionstore._types import Appended, Head, Lease, Message, MessageInput, OrderBy, ServerInfo, Written
 from sessionstore.session import BaseHandle, load
 
 Heads = Iterator[Head]  # `list` means a method below
@@ -38,6 +42,7 @@ class SessionStore:
     def __init__(self, target: str | None = None, *, timeout: float | None = None) -> None:
         self._targets = resolve_targets(target)
         self._driver = Driver(self._targets, resolve_timeout_s(timeout))
+        self._turns = Renewals(self._driver.run)
 
     def __repr__(self) -> str:
         return f"<SessionStore {','.join(self._targets)}>"
@@ -176,16 +181,24 @@ class SessionHandle(BaseHandle):
     def __init__(self, owner: SessionStore, snapshot: Snapshot) -> None:
         super().__init__(owner, snapshot)
         self._run = owner._driver.run
+        self._turns = owner._turns
 
     def append(
-        self, *messages: MessageInput, expected_revision: int | None = None, request_id: str | None = None
+        self,
+        *messages: MessageInput,
+        expected_revision: int | None = None,
+        request_id: str | None = None,
+        wait: float = 0.0,
     ) -> Appended:
         """Add messages at the end, all or nothing; the session is created if it does not exist.
 
         Every call adds new messages, also if they equal earlier ones. Without `expected_revision` they
         land in the order in which the daemon took the calls, behind whatever others wrote.
+
+        While somebody else has a lease that keeps others from writing, it waits for up to `wait` seconds, in
+        the order in which callers came. Then it raises LeaseHeldError.
         """
-        return self._run(self._append(ops.encode(messages), expected_revision, request_id))
+        return self._run(self._append(ops.encode(messages), expected_revision, request_id, wait))
 
     def pop(self, *, expected_revision: int | None = None, request_id: str | None = None) -> Message:
         """Remove the last message and return it.
@@ -269,6 +282,48 @@ class SessionHandle(BaseHandle):
         self._run(self._refresh())
         return self
 
+    def lease(self) -> Lease | None:
+        """The lease of the session that is in force now, whoever has it; None if there is none."""
+        return self._run(ops.lease(self.key))
+
+    @contextmanager
+    def turn(
+        self,
+        ttl: float = 60.0,
+        wait: float = 10.0,
+        *,
+        allow_appends: bool = False,
+        holder: str | None = None,
+    ) -> Iterator["Turn"]:
+        """A block in which nobody else writes to the session, which need not exist.
+
+        At its begin the lease is acquired, and the handle brought up to date. It is renewed in the
+        background, and given back at the end. If it is lost, because this process was stopped or cut off for
+        longer than `ttl`, every later change through the turn raises LeaseLostError, and so does the end of
+        the block unless another exception ends it: somebody else may have written since.
+
+        Args:
+            ttl: seconds, 1 to 3,600, for which the lease lasts without a renewal: so long others wait for a
+                process that died.
+            wait: seconds to wait for the lease, in the order in which callers came; 0: not at all.
+            allow_appends: others may append meanwhile, and do nothing else.
+            holder: what others are told who has it, up to 256 bytes; None: host, process and thread.
+
+        Raises LeaseHeldError if somebody else has it for longer than that, LimitError if too many wait.
+
+        """
+        thread = threading.current_thread()
+        name = "" if thread is threading.main_thread() else thread.name
+        holder = default_holder(name) if holder is None else holder
+        holding = self._run(acquire(self.key, ttl, wait, allow_appends, holder))
+        self._turns.add(holding)
+        try:
+            self._run(self._refresh())
+            yield Turn(self, holding)
+            holding.check()
+        finally:
+            self._turns.end(holding)
+
     @contextmanager
     def edit(self) -> Iterator[list[Message]]:
         """The messages as a plain list that is yours; what you made of it is stored at the end of the block.
@@ -280,3 +335,24 @@ class SessionHandle(BaseHandle):
         draft = begin(self)
         yield draft.messages
         self._run(store(self, draft, draft.messages))
+
+
+class Turn(TurnState, SessionHandle):
+    """The session in a turn, made by `SessionHandle.turn`: a handle whose changes are made under its lease.
+
+    It shares its snapshot with the handle. Its calls raise LeaseLostError once the lease is lost; nothing is
+    stored then. `fork` makes a session of another key, and needs no lease. Thread-safe.
+    """
+
+    def __init__(self, handle: SessionHandle, holding: Holding) -> None:
+        TurnState.__init__(self, handle, holding)
+        self._handle = handle
+        self._turns = handle._turns
+        self._run = self._run_checked
+
+    def _run_checked(self, operation: Operation[Value]) -> Value:
+        return self._handle._run(self._checked(operation))
+
+    def fork(self, to: str, at: int | None = None, *, request_id: str | None = None) -> SessionHandle:
+        """As `SessionHandle.fork`."""
+        return self._handle.fork(to, at, request_id=request_id)

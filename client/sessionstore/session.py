@@ -54,6 +54,9 @@ class Owner(Protocol):
 class BaseHandle:
     """The state of a handle: properties, and operations for the clients to run."""
 
+    _fencing_token = 0
+    """The token of the lease that its changes are made under; a turn has one."""
+
     def __init__(self, owner: Owner, snapshot: Snapshot) -> None:
         self._owner = owner
         self._snapshot = snapshot
@@ -232,15 +235,18 @@ class BaseHandle:
         lines: Sequence[bytes],
         expected_revision: int | None,
         request_id: str | None,
+        wait_s: float = 0.0,
         *,
         held: Held | None = None,
     ) -> Operation[Appended]:
         """Append; `held` is what its author has seen, if that is not the snapshot."""
         request = pb.AppendMessagesRequest(
             key=self.key,
+            fencing_token=self._fencing_token,
             request_id=ops.text("request_id", request_id or ""),
             expected_revision=ops.optional("expected_revision", expected_revision),
             messages=codec.join(lines),
+            lease_wait=ops.seconds("wait", wait_s) if wait_s else None,
         )
 
         def finish(reply: pb.AppendMessagesResponse) -> Operation[Appended]:
@@ -248,7 +254,7 @@ class BaseHandle:
             yield from self._settle(result, lambda _: Effect(reply.first_index, 0, lines))
             return Appended(result.revision, reply.first_index, result.message_count, result.replayed)
 
-        return ops.change(ops.APPEND, request, held or self._snapshot.held, finish)
+        return ops.change(ops.APPEND, request, held or self._snapshot.held, finish, wait_s)
 
     def _replace(
         self,
@@ -264,6 +270,7 @@ class BaseHandle:
         """Replace a range; `held` as for `_append`."""
         request = pb.ReplaceMessagesRequest(
             key=self.key,
+            fencing_token=self._fencing_token,
             request_id=ops.text("request_id", request_id or ""),
             expected_revision=ops.optional("expected_revision", expected_revision),
             start=ops.integer("start", start),
@@ -284,6 +291,7 @@ class BaseHandle:
     def _pop(self, expected_revision: int | None, request_id: str | None) -> Operation[Message]:
         request = pb.PopMessageRequest(
             key=self.key,
+            fencing_token=self._fencing_token,
             request_id=ops.text("request_id", request_id or ""),
             expected_revision=ops.optional("expected_revision", expected_revision),
         )
@@ -307,6 +315,7 @@ class BaseHandle:
             paths.append("last_consolidated")
         request = pb.UpdateSessionRequest(
             key=self.key,
+            fencing_token=self._fencing_token,
             request_id=ops.text("request_id", request_id or ""),
             expected_revision=ops.optional("expected_revision", expected_revision),
             update_mask=FieldMask(paths=paths),
@@ -352,7 +361,9 @@ class BaseHandle:
                     self._snapshot = absent(self.key, reply.result.revision)
             return ops.done(ops.written(reply.result))
 
-        return ops.delete(self._snapshot.held, expected_revision, request_id, finish)
+        return ops.delete(
+            self._snapshot.held, expected_revision, request_id, finish, self._fencing_token
+        )
 
 
 def load(key: str) -> Operation[Snapshot]:

@@ -404,3 +404,15 @@ def test_what_somebody_else_wrote_into_a_half_imported_session_is_left_alone(
     for _ in range(2):
         assert [result.outcome for result in importing.run(small_store, plan)] == [Outcome.DIFFERENT]
     assert small_store.session("a:b").messages[4:] == ({"mine": True},)
+
+
+def test_lease_tells_who_has_it(ctl: Ctl, daemon: Daemon) -> None:
+    assert ctl.out("lease", "k") == "k: nobody has its lease\n"
+    with SessionStore(daemon.address) as store:
+        session = store.session("k")
+        with session.turn(allow_appends=True, holder="agent\x1b") as turn:
+            told = ctl.out("lease", "k")
+        for wanted in ("agent", "s more", "of 60 s", "may append", str(turn.token)):
+            assert wanted in told
+        assert "\x1b" not in told
+    assert ctl.error(1, "lease", "")

@@ -7,11 +7,12 @@ import inspect
 import re
 
 import pytest
-from sessionstore.aio import AsyncSessionHandle, AsyncSessionStore
-from sessionstore.client import SessionHandle, SessionStore
+from sessionstore.aio import AsyncSessionHandle, AsyncSessionStore, AsyncTurn
+from sessionstore.client import SessionHandle, SessionStore, Turn
 
 PAIRS = [pytest.param(SessionStore, AsyncSessionStore, id="store"),
-         pytest.param(SessionHandle, AsyncSessionHandle, id="handle")]
+         pytest.param(SessionHandle, AsyncSessionHandle, id="handle"),
+         pytest.param(Turn, AsyncTurn, id="turn")]
 PROTOCOLS = {"__aenter__": "__enter__", "__aexit__": "__exit__", "__aiter__": "__iter__"}
 ENTRANCES = {"__init__", *PROTOCOLS, *PROTOCOLS.values()}
 

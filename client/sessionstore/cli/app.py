@@ -15,6 +15,7 @@ import click
 
 from sessionstore import codec
 from sessionstore._operations import BACKUP, Held, Rpc, pb, read
+from sessionstore._operations import lease as lease_of
 from sessionstore._types import OrderBy
 from sessionstore.cli import backing_up, exporting, importing, output, wire
 from sessionstore.cli.conversation import printable, rows
@@ -322,6 +323,18 @@ def rm(store: SessionStore, keys: Sequence[str], yes: bool) -> None:
             click.echo(f"{printable(key)}: removed")
     if missing:
         raise Failed(f"not there: {_count(missing, 'session')}, see above")
+
+
+@sessionctl.command()
+@click.argument("key")
+@_connected
+def lease(store: SessionStore, key: str) -> None:
+    """Tell who has the lease of a session, and for how long."""
+    found = store._driver.run(lease_of(key))
+    if found is None:
+        click.echo(f"{printable(key)}: nobody has its lease")
+    else:
+        output.write_lease(found)
 
 
 @sessionctl.command()

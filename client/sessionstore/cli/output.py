@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from sessionstore._types import Head, ScrubStatus, ServerInfo
+from sessionstore._types import Head, Lease, ScrubStatus, ServerInfo
 from sessionstore.cli.conversation import Kind, Row, local_time, printable
 from sessionstore.cli.files import written
 from sessionstore.cli.importing import Outcome, Result
@@ -118,12 +118,29 @@ def write_info(info: ServerInfo) -> None:
         ("page", f"at most {limits.page_size_max:,} sessions"),
         ("answers kept", f"{limits.window_calls_max:,} per client, for {limits.window_age_max}"),
         ("request_ids kept", f"{limits.window_request_ids_max:,} per session"),
+        ("lease", f"{limits.lease_ttl_min} to {limits.lease_ttl_max}"),
     ]
     if info.scrub is not None:
         entries.insert(6, ("scrubber", _scrub_line(info.scrub)))
     table = _table("", "")
     table.show_header = False
     for name, value in entries:
+        table.add_row(Text(name, style="bold"), Text(printable(value)))
+    console().print(table)
+
+
+def write_lease(lease: Lease) -> None:
+    """Write who has the lease of a session, as a table."""
+    others = "may append" if lease.allows_appends else "may not write"
+    table = _table("", "")
+    table.show_header = False
+    for name, value in (
+        ("holder", lease.holder),
+        ("since", local_time(lease.acquire_time)),
+        ("for", f"{lease.remaining_s:.1f} s more, unless it is renewed, of {lease.ttl_s:g} s"),
+        ("others", others),
+        ("token", str(lease.fencing_token)),
+    ):
         table.add_row(Text(name, style="bold"), Text(printable(value)))
     console().print(table)
 
