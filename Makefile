@@ -9,7 +9,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 BUILD_REQUIREMENTS := hatchling
 # The modules whose every branch is tested: they decide what is stored, what is sent to a model and what a caller catches.
-EXACT := server/sessionstored/rules.py,server/sessionstored/leases.py,client/sessionstore/history.py,client/sessionstore/errors.py,client/sessionstore/codec.py
+EXACT := server/sessionstored/rules.py,server/sessionstored/leases.py,server/sessionstored/retention.py,server/sessionstored/trusted.py,client/sessionstore/history.py,client/sessionstore/errors.py,client/sessionstore/codec.py
 PYTEST_COVERED := $(BIN)/pytest --cov --cov-report=
 
 .PHONY: help run demo test test-all torture check generate constraints clean
