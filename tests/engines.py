@@ -12,7 +12,7 @@ import pytest
 from sessionstored.engine import Engine, Reply, Request, Slice
 from sessionstored.engine.jsonl import DEFAULT_TUNING, Tuning, open_jsonl
 from sessionstored.engine.memory import MemoryEngine
-from sessionstored.rules import Answer, Head, Mutation, Outcome, Refusal
+from sessionstored.rules import DEFAULT_LIMITS, Answer, Head, Limits, Mutation, Outcome, Refusal
 from sessionstored.windows import Call
 
 KINDS = ("memory", "jsonl", "jsonl-strained")
@@ -31,12 +31,13 @@ STRAINED = Tuning(
 NO_LIMIT = 1 << 62
 
 
-async def open_kind(kind: str, data: Path) -> Engine:
+async def open_kind(kind: str, data: Path, limits: Limits = DEFAULT_LIMITS) -> Engine:
     """Open an engine by its name. `data` is the directory of those that need one."""
     if kind == "memory":
         # The clocks are looked up at each call, so that a test can set them.
-        return MemoryEngine(wall_ns=lambda: time.time_ns(), clock_s=boot_s)
-    return await open_jsonl(data, tuning=STRAINED if kind == "jsonl-strained" else DEFAULT_TUNING)
+        return MemoryEngine(limits, wall_ns=lambda: time.time_ns(), clock_s=boot_s)
+    tuning = STRAINED if kind == "jsonl-strained" else DEFAULT_TUNING
+    return await open_jsonl(data, limits=limits, tuning=tuning)
 
 
 def boot_s() -> float:

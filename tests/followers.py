@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from sessionstore.v1 import session_pb2
 from sessionstore.v1 import session_store_pb2 as v1
 from sessionstored.engine import Engine
+from sessionstored.rules import DEFAULT_LIMITS
 from sessionstored.watching import responses
 
 
@@ -140,7 +141,7 @@ class Following:
     async def step(self) -> int:
         """Apply the next batch, which may be empty; returns how many events it had."""
         batch = await anext(self._batches)
-        for response in responses(batch, self.follower.cursor):
+        for response in responses(batch, self.follower.cursor, DEFAULT_LIMITS):
             self.follower.take(response)
         return len(batch.events)
 

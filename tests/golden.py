@@ -21,8 +21,10 @@ from sessionstored.engine import Engine, Query, Request
 from sessionstored.engine.jsonl import DEFAULT_TUNING, JsonlEngine, open_jsonl
 from sessionstored.engine.jsonl.store import FORMAT
 from sessionstored.leases import Acquire
+from sessionstored.retention import NEVER_US
 from sessionstored.rules import Append, Create, Delete, Fork, Pop, Replace, Update
 
+YEAR_2100_US = 4_102_444_800_000_000
 FIXTURES = Path(__file__).parent / "fixtures" / "golden"
 KEPT_CALL = request(Append("telegram:42", [b'{"role": "user", "content": "kept"}']), 7, answered_through=6)
 KEPT_REQUEST = request(Append("email:ana", [b'{"role": "user", "content": "once"}']), request_id="delivery-1")
@@ -47,6 +49,7 @@ async def first_changes(engine: Engine) -> None:
     await done(engine, Pop("email:ana"))
     await done(engine, Append("a/b", [user("x" * 70_000), user("second block")]))
     await done(engine, Fork("a:b", "a/b", 1))
+    await done(engine, Create("in:2100", [user("ends by itself")], expire_time_us=YEAR_2100_US))
     await done(engine, Append("gone", [user("deleted later")]))
     await one(engine, KEPT_CALL)
     await one(engine, KEPT_REQUEST)
@@ -58,6 +61,8 @@ async def last_changes(engine: Engine) -> None:
     await done(engine, Append("telegram:42", [user("late"), user("later")]))
     await done(engine, Replace("email:ana", 1, 2, [user("replaced")]))
     await done(engine, Update("a/b", members={"tag": b'"late"'}))
+    await done(engine, Update("a:b", expire_time_us=YEAR_2100_US))
+    await done(engine, Update("in:2100", expire_time_us=NEVER_US))
     await done(engine, Delete("gone"))
     await done(engine, Append("new", [user("born late")]))
     await one(engine, Request(Acquire("leased late", "golden", 3600.0, appends_allowed=True)))
@@ -107,6 +112,7 @@ async def contents(engine: Engine) -> dict[str, object]:
             "last_consolidated": head.last_consolidated,
             "metadata": head.metadata.decode(),
             "create_time_us": head.create_time_us,
+            "expire_time_us": head.expire_time_us,
             "damage": head.damage,
             "messages": [line.decode() for line in found.lines],
         }

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sessionstore._types import (
+        KEEP,
         REMOVE,
         Appended,
+        ClockDisbelief,
         Head,
         Lease,
         Message,
@@ -49,8 +51,8 @@ if TYPE_CHECKING:
     )
 
 _TYPES = (
-    "REMOVE", "Appended", "Head", "Lease", "Message", "ScrubStatus", "ServerInfo", "ServerLimits", "Unseen",
-    "Written",
+    "KEEP", "REMOVE", "Appended", "ClockDisbelief", "Head", "Lease", "Message", "ScrubStatus", "ServerInfo",
+    "ServerLimits", "Unseen", "Written",
 )  # fmt: skip
 _ERRORS = (
     "AlreadyExistsError", "CallExpiredError", "ConflictError", "CursorExpiredError", "DataLossError",
@@ -70,12 +72,13 @@ _HOMES = {
 }
 
 __all__ = [
-    "REMOVE", "AlreadyExistsError", "Appended", "AsyncSessionHandle", "AsyncSessionStore", "AsyncTurn",
-    "CallExpiredError", "ConflictError", "CursorExpiredError", "DataLossError", "DeadlineExceededError",
-    "Head", "InternalError", "InvalidArgumentError", "Lease", "LeaseHeldError", "LeaseLostError",
-    "LimitError", "Message", "NotFoundError", "OutcomeUnknownError", "ScrubStatus", "ServerInfo",
-    "ServerLimits", "SessionHandle", "SessionStore", "SessionStoreError", "StorageFullError",
-    "TooLargeError", "Turn", "UnavailableError", "Unseen", "UnsupportedError", "Written", "__version__",
+    "KEEP", "REMOVE", "AlreadyExistsError", "Appended", "AsyncSessionHandle", "AsyncSessionStore",
+    "AsyncTurn", "CallExpiredError", "ClockDisbelief", "ConflictError", "CursorExpiredError",
+    "DataLossError", "DeadlineExceededError", "Head", "InternalError", "InvalidArgumentError", "Lease",
+    "LeaseHeldError", "LeaseLostError", "LimitError", "Message", "NotFoundError", "OutcomeUnknownError",
+    "ScrubStatus", "ServerInfo", "ServerLimits", "SessionHandle", "SessionStore", "SessionStoreError",
+    "StorageFullError", "TooLargeError", "Turn", "UnavailableError", "Unseen", "UnsupportedError",
+    "Written", "__version__",
 ]  # fmt: skip
 
 

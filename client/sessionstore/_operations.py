@@ -20,6 +20,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from sessionstore import codec
 from sessionstore._types import (
+    ClockDisbelief,
     Head,
     Lease,
     Message,
@@ -249,6 +250,15 @@ def info() -> Operation[ServerInfo]:
             lease_ttl_max=limits.lease_ttl_max.ToTimedelta(),
         ),
         scrub=_scrub_of(reply.scrub) if reply.HasField("scrub") else None,
+        clock_disbelief=(
+            _disbelief_of(reply.clock_disbelief) if reply.HasField("clock_disbelief") else None
+        ),
+    )
+
+
+def _disbelief_of(found: pb.ClockDisbelief) -> ClockDisbelief:
+    return ClockDisbelief(
+        moment(found.trusted_time), found.ahead.ToTimedelta(), found.confirmed_in.ToTimedelta()
     )
 
 
@@ -307,6 +317,7 @@ def create(
     metadata: MessageInput | None,
     last_consolidated: int,
     create_time: datetime | None,
+    expire_time: datetime | None,
     request_id: str | None,
     make: Callable[[Tail], Value],
 ) -> Operation[Value]:
@@ -320,6 +331,7 @@ def create(
         metadata=stored,
         last_consolidated=integer("last_consolidated", last_consolidated),
         create_time=timestamp("create_time", create_time),
+        expire_time=timestamp("expires", expire_time),
     )
 
     def finish(reply: pb.CreateSessionResponse) -> Operation[Value]:
@@ -334,6 +346,7 @@ def create(
             decode(stored),
             moment(created),
             updated,
+            expire_time=end_of(result),
         )
         return done(make(Tail(made, 0, lines)))
 
@@ -432,6 +445,7 @@ def head_of(session: session_pb2.Session) -> Head:
         moment(session.create_time),
         moment(session.update_time),
         session.damage,
+        end_of(session),
     )
 
 
@@ -446,6 +460,11 @@ def lease_of(lease: pb.Lease) -> Lease:
         lease.remaining.ToTimedelta().total_seconds(),
         moment(lease.acquire_time),
     )
+
+
+def end_of(message: session_pb2.Session | session_pb2.WriteResult) -> datetime | None:
+    """When a session ends by itself; None: never."""
+    return moment(message.expire_time) if message.HasField("expire_time") else None
 
 
 def written(result: session_pb2.WriteResult) -> Written:

@@ -99,6 +99,7 @@ def advanced(before: Snapshot, result: session_pb2.WriteResult, effect: Effect) 
         last_consolidated=result.last_consolidated,
         metadata=base.metadata if effect.metadata is None else effect.metadata,
         update_time=updated,
+        expire_time=ops.end_of(result),
     )
     lines = before.lines.splice(effect.start, effect.delete_count, effect.lines)
     return Snapshot(before.key, head, lines, result.revision)

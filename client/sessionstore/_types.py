@@ -26,6 +26,22 @@ REMOVE: Final = Remove.REMOVE
 """As a value in ``update(patch={...})``: remove this member of the metadata."""
 
 
+class Keep(Enum):
+    """The type of `KEEP`."""
+
+    KEEP = "KEEP"
+
+    def __repr__(self) -> str:
+        return "sessionstore.KEEP"
+
+
+KEEP: Final = Keep.KEEP
+"""As ``update(expire_time=...)``: leave it as it is."""
+
+# When a session ends by itself: at an aware time, so long from now, or never.
+Expires = datetime | timedelta | None
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """A session without its messages, at one revision."""
@@ -43,6 +59,8 @@ class Head:
     """Aware, UTC; never goes back."""
     damage: str = ""
     """What could not be read when the session's file was adopted; empty if it was whole."""
+    expire_time: datetime | None = None
+    """When it ends by itself, its own or by the daemon's rules for its key; aware, UTC; None: never."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +166,18 @@ class ScrubStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class ClockDisbelief:
+    """The daemon's clock jumped ahead: until it stayed so for a while, sessions expire as if it had not."""
+
+    trusted_time: datetime
+    """What sessions expire by now; aware, UTC."""
+    ahead: timedelta
+    """How far the daemon's clock is ahead of that."""
+    confirmed_in: timedelta
+    """After how much more service it is believed, if it stays as it is."""
+
+
+@dataclass(frozen=True, slots=True)
 class ServerInfo:
     """What serves."""
 
@@ -164,3 +194,5 @@ class ServerInfo:
     limits: ServerLimits
     scrub: ScrubStatus | None
     """None for an engine without checksums."""
+    clock_disbelief: ClockDisbelief | None
+    """None: sessions expire by the daemon's clock."""

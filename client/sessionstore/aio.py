@@ -16,12 +16,25 @@ from typing import Self
 from sessionstore import _operations as ops
 from sessionstore._adriver import AsyncDriver
 from sessionstore._editing import EditFunction, begin, edit, store
+from sessionstore._expiry import moment
 from sessionstore._operations import Operation, Value
 from sessionstore._renewals import AsyncRenewals
 from sessionstore._snapshot import Snapshot, absent, joined
 from sessionstore._targets import resolve_targets, resolve_timeout_s
 from sessionstore._turn import Holding, TurnState, acquire, default_holder
-from sessionstore._types import Appended, Head, Lease, Message, MessageInput, OrderBy, ServerInfo, Written
+from sessionstore._types import (
+    KEEP,
+    Appended,
+    Expires,
+    Head,
+    Keep,
+    Lease,
+    Message,
+    MessageInput,
+    OrderBy,
+    ServerInfo,
+    Written,
+)
 from sessionstore.session import BaseHandle, load
 
 AsyncHeads = AsyncIterator[Head]
@@ -68,12 +81,14 @@ class AsyncSessionStore:
         metadata: MessageInput | None = None,
         last_consolidated: int = 0,
         create_time: datetime | None = None,
+        expires: Expires = None,
         request_id: str | None = None,
     ) -> "AsyncSessionHandle":
         """As `SessionStore.create`."""
         return await self._driver.run(
             ops.create(
-                key, messages, metadata, last_consolidated, create_time, request_id,
+                key, messages, metadata, last_consolidated, create_time, moment("expires", expires),
+                request_id,
                 lambda tail: AsyncSessionHandle(self, joined(absent(key), tail)),
             )
         )  # fmt: skip
@@ -169,13 +184,17 @@ class AsyncSessionHandle(BaseHandle):
         metadata: MessageInput | None = None,
         patch: Mapping[str, object] | None = None,
         last_consolidated: int | None = None,
+        expire_time: Expires | Keep = KEEP,
         expected_revision: int | None = None,
         request_id: str | None = None,
     ) -> Written:
         """As `SessionHandle.update`."""
         return await self._run(
-            self._update(metadata, patch, last_consolidated, expected_revision, request_id)
-        )
+            self._update(
+                metadata, patch, last_consolidated, moment("expire_time", expire_time), expected_revision,
+                request_id,
+            )
+        )  # fmt: skip
 
     async def fork(
         self, to: str, at: int | None = None, *, request_id: str | None = None

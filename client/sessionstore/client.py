@@ -13,12 +13,25 @@ from typing import Self
 from sessionstore import _operations as ops
 from sessionstore._driver import Driver
 from sessionstore._editing import EditFunction, begin, edit, store
+from sessionstore._expiry import moment
 from sessionstore._operations import Operation, Value
 from sessionstore._renewals import Renewals
 from sessionstore._snapshot import Snapshot, absent, joined
 from sessionstore._targets import resolve_targets, resolve_timeout_s
 from sessionstore._turn import Holding, TurnState, acquire, default_holder
-from sessionstore._types import Appended, Head, Lease, Message, MessageInput, OrderBy, ServerInfo, Written
+from sessionstore._types import (
+    KEEP,
+    Appended,
+    Expires,
+    Head,
+    Keep,
+    Lease,
+    Message,
+    MessageInput,
+    OrderBy,
+    ServerInfo,
+    Written,
+)
 from sessionstore.session import BaseHandle, load
 
 Heads = Iterator[Head]  # `list` means a method below
@@ -83,6 +96,7 @@ class SessionStore:
         metadata: MessageInput | None = None,
         last_consolidated: int = 0,
         create_time: datetime | None = None,
+        expires: Expires = None,
         request_id: str | None = None,
     ) -> "SessionHandle":
         """Make a session that must not exist yet. Durable when it returns.
@@ -93,6 +107,8 @@ class SessionStore:
             metadata: a JSON object, at most 256 KiB.
             last_consolidated: 0 to the number of messages.
             create_time: aware; instead of the daemon's clock, for imports.
+            expires: when it ends by itself: an aware time, or a timedelta from now, by this machine's clock.
+                None: as the daemon's rules for its key say, else never.
             request_id: the caller's own identity of this change; the same again gives the first answer.
 
         Raises AlreadyExistsError, InvalidArgumentError, TooLargeError, StorageFullError.
@@ -100,7 +116,8 @@ class SessionStore:
         """
         return self._driver.run(
             ops.create(
-                key, messages, metadata, last_consolidated, create_time, request_id,
+                key, messages, metadata, last_consolidated, create_time, moment("expires", expires),
+                request_id,
                 lambda tail: SessionHandle(self, joined(absent(key), tail)),
             )
         )  # fmt: skip
@@ -241,15 +258,18 @@ class SessionHandle(BaseHandle):
         metadata: MessageInput | None = None,
         patch: Mapping[str, object] | None = None,
         last_consolidated: int | None = None,
+        expire_time: Expires | Keep = KEEP,
         expected_revision: int | None = None,
         request_id: str | None = None,
     ) -> Written:
-        """Change metadata or `last_consolidated`, or both, in one step.
+        """Change metadata, `last_consolidated` or `expire_time`, or all of them, in one step.
 
         Args:
             metadata: replaces the metadata as a whole.
             patch: sets these top-level members and leaves the others; `sessionstore.REMOVE` removes one.
             last_consolidated: 0 to the number of messages.
+            expire_time: when it ends by itself: an aware time, or a timedelta from now, by this machine's
+                clock. None: never, whatever the daemon's rules for its key say.
             expected_revision: as for every change.
             request_id: as for every change.
 
@@ -257,8 +277,11 @@ class SessionHandle(BaseHandle):
 
         """
         return self._run(
-            self._update(metadata, patch, last_consolidated, expected_revision, request_id)
-        )
+            self._update(
+                metadata, patch, last_consolidated, moment("expire_time", expire_time), expected_revision,
+                request_id,
+            )
+        )  # fmt: skip
 
     def fork(self, to: str, at: int | None = None, *, request_id: str | None = None) -> "SessionHandle":
         """Make a session `to` of the first `at` messages (None: all), with the metadata.

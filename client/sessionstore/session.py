@@ -39,7 +39,7 @@ from sessionstore._snapshot import (
     advanced,
     joined,
 )
-from sessionstore._types import Appended, Head, Message, MessageInput, Remove, Written
+from sessionstore._types import KEEP, Appended, Head, Keep, Message, MessageInput, Remove, Written
 from sessionstore.errors import SessionStoreError, error_for
 from sessionstore.v1 import session_pb2
 
@@ -130,6 +130,12 @@ class BaseHandle:
         """When the session was last changed (aware, UTC); None if it does not exist."""
         head = self._snapshot.head
         return head.update_time if head else None
+
+    @property
+    def expire_time(self) -> datetime | None:
+        """When the session ends by itself (aware, UTC); None: never, or it does not exist."""
+        head = self._snapshot.head
+        return head.expire_time if head else None
 
     @property
     def damage(self) -> str:
@@ -307,12 +313,15 @@ class BaseHandle:
         metadata: MessageInput | None,
         patch: Mapping[str, object] | None,
         last_consolidated: int | None,
+        expire_time: datetime | Keep | None,
         expected_revision: int | None,
         request_id: str | None,
     ) -> Operation[Written]:
         paths, sent = _masked(metadata, patch)
         if last_consolidated is not None:
             paths.append("last_consolidated")
+        if expire_time is not KEEP:
+            paths.append("expire_time")
         request = pb.UpdateSessionRequest(
             key=self.key,
             fencing_token=self._fencing_token,
@@ -321,6 +330,7 @@ class BaseHandle:
             update_mask=FieldMask(paths=paths),
             metadata=sent,
             last_consolidated=ops.integer("last_consolidated", last_consolidated or 0),
+            expire_time=None if expire_time is KEEP else ops.timestamp("expire_time", expire_time),
         )
 
         def effect(before: Snapshot) -> Effect:

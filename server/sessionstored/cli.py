@@ -68,6 +68,9 @@ def _settings_options(command: Command) -> Command:
     )(command)
 
 
+_LISTS = {"listen": "ADDR", "expire": "PREFIX=AGE"}
+
+
 def _option(setting: Setting) -> Callable[[Command], Command]:
     shared: dict[str, Any] = {"help": f"{setting.help}  [default: {_default(setting)}]", "default": None}
     if setting.type is bool:
@@ -75,7 +78,7 @@ def _option(setting: Setting) -> Callable[[Command], Command]:
     if setting.choices:
         return click.option(setting.flag, setting.name, type=click.Choice(setting.choices), **shared)
     if setting.type is tuple:
-        return click.option(setting.flag, setting.name, multiple=True, metavar="ADDR", **shared)
+        return click.option(setting.flag, setting.name, multiple=True, metavar=_LISTS[setting.name], **shared)
     names: dict[str, str] = {"data": "DIR", "store": "STORE"}
     metavar = names.get(setting.name, (setting.unit or "TEXT").upper())
     return click.option(setting.flag, setting.name, type=setting.type, metavar=metavar, **shared)
@@ -84,6 +87,8 @@ def _option(setting: Setting) -> Callable[[Command], Command]:
 def _default(setting: Setting) -> str:
     if isinstance(setting.default, int | float) and not isinstance(setting.default, bool):
         return f"{setting.default:,} {setting.unit}"
+    if setting.default == () and not setting.default_text:
+        return "none"
     return setting.default_text or str(setting.default).lower()
 
 

@@ -21,6 +21,7 @@ from sessionstore import codec
 
 from sessionstored.engine.feed import FeedLimits
 from sessionstored.requests import Bounds
+from sessionstored.retention import parse_rules
 from sessionstored.rules import Limits
 
 ENVIRONMENT_PREFIX = "SESSIONSTORED_"
@@ -254,6 +255,25 @@ class Config:
         minimum=0,
         maximum=1 << 40,
     )
+    expire: tuple[str, ...] = _setting(
+        (),
+        "When sessions end by themselves that have no expire_time of their own, by the prefix of their key: "
+        "PREFIX=AGE, an age since the last change such as 7d, 36h or never. May be given several times; "
+        "the longest prefix counts.",
+        minimum=0,
+    )
+    expiry_jump_s_max: float = _setting(
+        60.0,
+        "How far the clock may jump ahead and sessions still expire by it at once.",
+        unit="s",
+        minimum=0,
+    )
+    expiry_confirm_s_min: float = _setting(
+        3600.0,
+        "After how much service a clock that jumped further ahead is believed.",
+        unit="s",
+        minimum=0,
+    )
     log_level: str = _setting(
         "info", "How much is logged to stderr.", choices=("debug", "info", "warning", "error")
     )
@@ -286,6 +306,9 @@ class Config:
             window_request_ids_max=self.window_request_ids_max,
             window_age_max_s=self.window_age_s_max,
             leases_max=self.leases_max,
+            retention=parse_rules(self.expire),
+            expiry_jump_max_s=self.expiry_jump_s_max,
+            expiry_confirm_s=self.expiry_confirm_s_min,
         )
 
     def feed_limits(self) -> FeedLimits:
@@ -388,6 +411,10 @@ def load(flags: Mapping[str, Value], environment: Mapping[str, str], file: Path 
     arguments["data"] = os.path.abspath(os.path.expanduser(arguments["data"]))
     for name in ("data", "listen"):  # the machine had its part in these
         _check_text(arguments[name], f"{name}, from {sources[name]},")
+    try:
+        parse_rules(arguments.get("expire", ()))
+    except ValueError as error:
+        raise ConfigError(f"expire, from {sources['expire']}: {error}") from error
     return Loaded(Config(**arguments), sources)
 
 
@@ -430,6 +457,8 @@ def _known(name: str, path: Path) -> Setting:
 def _from_toml(setting: Setting, value: object, path: Path) -> Value:
     where = f"{path}: {setting.name}"
     if setting.type is tuple:
+        if setting.name == "expire" and isinstance(value, dict):  # prefix -> age
+            value = [f"{prefix}={age}" for prefix, age in value.items()]
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return _checked(setting, tuple(value), where)
         raise ConfigError(f"{where} must be a list of strings, not {value!r}")
@@ -459,7 +488,7 @@ def _from_text(setting: Setting, text: str) -> Value:
 def _checked(setting: Setting, value: Value, where: str) -> Value:
     """The value, if it is in its range."""
     _check_text(value, where)
-    if value == ():
+    if value == () and setting.minimum:
         raise ConfigError(f"{where} must name at least one address")
     if value == "":
         raise ConfigError(f"{where} is empty: give it a value, or leave it out")

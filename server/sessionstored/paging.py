@@ -20,6 +20,7 @@ from sessionstored import replies
 from sessionstored.engine import Order, Page, Query
 from sessionstored.reads import REPLY_BYTES_MAX
 from sessionstored.requests import Bounds, check_count, refuse, timestamp_us
+from sessionstored.rules import Limits
 
 PAGE_SIZE_DEFAULT = 100
 _VERSION = 1
@@ -68,12 +69,12 @@ class Listing:
         after = decode_token(request.page_token, digest) if request.page_token else None
         return cls(Query(request.prefix, order, size, after, since), digest)
 
-    def page(self, page: Page) -> tuple[Sequence[session_pb2.Session], str]:
+    def page(self, page: Page, limits: Limits) -> tuple[Sequence[session_pb2.Session], str]:
         """The sessions of one reply, at most 1 MiB (or one larger), and the next token ("" if none)."""
         sessions: list[session_pb2.Session] = []
         size = 0
         for head in page.heads:
-            session = replies.session(head)
+            session = replies.session(head, limits)
             size += session.ByteSize() + _FIELD_BYTES_MAX
             if sessions and size > REPLY_BYTES_MAX:
                 break

@@ -9,7 +9,8 @@ from sessionstore.v1 import session_store_pb2 as v1
 
 from sessionstored.engine import BackupDamage, BackupHeader, BackupItem, BackupPart, Reply, Scrub
 from sessionstored.leases import Lease
-from sessionstored.rules import Answer, Head
+from sessionstored.rules import Answer, Head, Limits, ends
+from sessionstored.trusted import Disbelief
 
 
 def timestamp(us: int) -> Timestamp:
@@ -36,8 +37,13 @@ def lease(held: Lease, clock_s: float) -> v1.Lease:
     )
 
 
-def session(head: Head) -> session_pb2.Session:
-    """A head."""
+def end(ends_us: int) -> Timestamp | None:
+    """When a session ends by itself; None, which leaves the field out, if it never does."""
+    return timestamp(ends_us) if ends_us else None
+
+
+def session(head: Head, limits: Limits) -> session_pb2.Session:
+    """A head; the limits say when it ends, if it does not say that itself."""
     return session_pb2.Session(
         key=head.key,
         revision=head.revision,
@@ -47,6 +53,7 @@ def session(head: Head) -> session_pb2.Session:
         create_time=timestamp(head.create_time_us),
         update_time=timestamp(head.update_time_us),
         damage=head.damage,
+        expire_time=end(ends(head, limits)),
     )
 
 
@@ -59,6 +66,18 @@ def result(answer: Answer, reply: Reply) -> session_pb2.WriteResult:
         last_consolidated=answer.last_consolidated,
         update_time=timestamp(answer.update_time_us),
         replayed=reply.replayed,
+        expire_time=end(answer.ends_us),
+    )
+
+
+def disbelief(found: Disbelief | None) -> v1.ClockDisbelief | None:
+    """A clock that is not believed; None, which leaves the field out, if it is."""
+    if found is None:
+        return None
+    return v1.ClockDisbelief(
+        trusted_time=timestamp(found.trusted_us),
+        ahead=duration(found.ahead_us / 1e6),
+        confirmed_in=duration(found.confirmed_in_us / 1e6),
     )
 
 

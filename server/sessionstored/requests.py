@@ -21,6 +21,7 @@ from sessionstore.v1 import session_pb2, session_store_pb2
 
 from sessionstored import rules
 from sessionstored.engine import Refused, Request
+from sessionstored.retention import NEVER_US
 from sessionstored.windows import Call
 
 MutationRequest = (
@@ -251,7 +252,17 @@ def _create(message: session_store_pb2.CreateSessionRequest, bounds: Bounds) -> 
         message.last_consolidated,
         timestamp_us(message.create_time, "create_time") if message.HasField("create_time") else None,
         expected,
+        _expire_time_us(message, 0),
     )
+
+
+def _expire_time_us(
+    message: session_store_pb2.CreateSessionRequest | session_store_pb2.UpdateSessionRequest, absent: int
+) -> int:
+    """The expire_time, or `absent`. One at or before the epoch is a past one like any other."""
+    if not message.HasField("expire_time"):
+        return absent
+    return max(1, timestamp_us(message.expire_time, "expire_time"))
 
 
 def _append(message: session_store_pb2.AppendMessagesRequest, bounds: Bounds) -> rules.Append:
@@ -293,7 +304,7 @@ def _update(message: session_store_pb2.UpdateSessionRequest, bounds: Bounds) -> 
     unknown = [
         path
         for path in paths
-        if path not in ("metadata", "last_consolidated") and not path.startswith("metadata.")
+        if path not in ("metadata", "last_consolidated", "expire_time") and not path.startswith("metadata.")
     ]
     if unknown or not paths:
         _mask_invalid(unknown[0] if unknown else "")
@@ -303,6 +314,7 @@ def _update(message: session_store_pb2.UpdateSessionRequest, bounds: Bounds) -> 
         _members(metadata, names) if names else {},
         message.last_consolidated if "last_consolidated" in paths else None,
         expected,
+        _expire_time_us(message, NEVER_US) if "expire_time" in paths else None,
     )
 
 
@@ -310,7 +322,7 @@ def _mask_invalid(path: str) -> NoReturn:
     wrong = f"names the unknown path {path[:200]!r}" if path else "is empty"
     refuse(
         "FIELD_MASK_INVALID",
-        f'update_mask {wrong}; it names "metadata", "metadata.NAME" or "last_consolidated"',
+        f'update_mask {wrong}; it names "metadata", "metadata.NAME", "last_consolidated" or "expire_time"',
         path=path,
     )
 

@@ -14,6 +14,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from sessionstored.retention import NEVER_US, NO_RULES, Retention
+
 EMPTY_METADATA = b"{}"
 
 
@@ -32,6 +34,8 @@ class Head:
     update_time_us: int
     damage: str = ""
     """What could not be read when the file was adopted; empty if it was whole."""
+    expire_time_us: int = 0
+    """When it ends by itself; 0: as the rules of its key say; NEVER_US: never."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,8 @@ class Create:
     last_consolidated: int = 0
     create_time_us: int | None = None
     expected_revision: int | None = None
+    expire_time_us: int = 0
+    """0: none of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +93,13 @@ class Update:
     """Member name -> its new JSON text, or None to remove it. Applied after `metadata`."""
     last_consolidated: int | None = None
     expected_revision: int | None = None
+    expire_time_us: int | None = None
+    """None leaves it; NEVER_US: it never ends by itself, whatever the rules of its key say."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """Make a new session of the first `at` messages (None: all) of another.
+    """Make a new session of the first `at` messages (None: all) of another; it has no expire_time.
 
     `expected_revision` is the source's.
     """
@@ -110,7 +118,15 @@ class Delete:
     expected_revision: int | None = None
 
 
-Mutation = Create | Append | Replace | Pop | Update | Fork | Delete
+@dataclass(frozen=True, slots=True)
+class Expire:
+    """Remove a session if its time has come; else leave it as it is. Only an engine asks for this."""
+
+    key: str
+    expected_revision: int | None = None
+
+
+Mutation = Create | Append | Replace | Pop | Update | Fork | Delete | Expire
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +142,8 @@ class Answer:
     """Index of the first message that the mutation put in."""
     message: bytes | None = None
     """The message that a Pop removed; the engine fills it in."""
+    ends_us: int = 0
+    """When the session ends by itself, its own expire_time or its key's; 0: never."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +188,11 @@ class Limits:
     window_request_ids_max: int = 1000
     window_age_max_s: int = 24 * 3600
     leases_max: int = 100_000
+    retention: Retention = NO_RULES
+    expiry_jump_max_s: float = 60.0
+    """How far the wall clock may step ahead and sessions still expire by it at once."""
+    expiry_confirm_s: float = 3600.0
+    """After how much service a larger step is believed."""
 
 
 DEFAULT_LIMITS = Limits()
@@ -181,16 +204,18 @@ def decide(
     *,
     revision: int,
     now_us: int,
+    trusted_us: int | None = None,
     source: Head | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Decision:
-    """Decide one mutation of a session.
+    """Decide one mutation of a session. One that has expired is to be given as None.
 
     Args:
         head: the session as it is, or None if it does not exist.
         mutation: what is asked for, its arguments already checked for form.
         revision: the revision that the change gets; higher than any that this key ever had.
         now_us: the daemon's clock, microseconds since the epoch. It may jump; update_time never goes back.
+        trusted_us: the clock that sessions expire by, never ahead of `now_us`; None: the same.
         source: for Fork, the head of the source.
         limits: the bounds in force.
 
@@ -199,8 +224,25 @@ def decide(
 
     """
     refusal = _precondition(head, mutation, source)
+    if refusal is None and isinstance(mutation, Create | Update):
+        refusal = _expire_time(mutation.expire_time_us, now_us if trusted_us is None else trusted_us)
     if refusal is not None:
         return Decision(refusal)
+    decision = _decide(head, mutation, revision, now_us, source, limits)
+    after = head if decision.change is None else decision.change.head
+    if after is None or not isinstance(decision.outcome, Answer) or not (ends_us := ends(after, limits)):
+        return decision
+    return Decision(replace(decision.outcome, ends_us=ends_us), decision.change)
+
+
+def _decide(
+    head: Head | None,
+    mutation: Mutation,
+    revision: int,
+    now_us: int,
+    source: Head | None,
+    limits: Limits,
+) -> Decision:
     match mutation:
         case Create():
             return _create(mutation, revision, now_us)
@@ -217,7 +259,24 @@ def decide(
             return _pop(head, revision, now_us)
         case Delete():
             return _delete(head, revision, now_us)
+        case Expire():  # its time has not come
+            return Decision(_answer(head, head.revision))
     return _update(head, mutation, revision, now_us, limits)
+
+
+def ends(head: Head, limits: Limits) -> int:
+    """When a session ends by itself, microseconds since the epoch; 0: never."""
+    return limits.retention.ends_us(head.key, head.expire_time_us, head.update_time_us)
+
+
+def expired(head: Head, trusted_us: int, limits: Limits) -> bool:
+    """Whether a session's time has come. From then on it is as if it were deleted."""
+    return 0 < ends(head, limits) <= trusted_us
+
+
+def expire(head: Head, revision: int, now_us: int) -> Decision:
+    """The end of a session whose time has come: as if somebody deleted it."""
+    return _delete(head, revision, now_us)
 
 
 def tail_start(head: Head, known_revision: int, known_message_count: int) -> int:
@@ -267,6 +326,17 @@ def _precondition(head: Head | None, mutation: Mutation, source: Head | None) ->
     )
 
 
+def _expire_time(expire_time_us: int | None, trusted_us: int) -> Refusal | None:
+    """An expire_time that is set lies in the future."""
+    if expire_time_us in (None, 0, NEVER_US) or expire_time_us > trusted_us:
+        return None
+    return Refusal(
+        "ARGUMENT_INVALID",
+        "expire_time does not lie in the future",
+        {"field": "expire_time", "detail": f"{trusted_us - expire_time_us} us ago"},
+    )
+
+
 def not_found(key: str) -> Refusal:
     """The refusal for a session that does not exist."""
     return Refusal(
@@ -296,6 +366,7 @@ def _create(mutation: Create, revision: int, now_us: int) -> Decision:
         mutation.metadata,
         created,
         now_us,
+        expire_time_us=mutation.expire_time_us,
     )
     return Decision(_answer(head, 0), Change(head, 0, 0, mutation.messages))
 
@@ -387,13 +458,16 @@ def _update(head: Head, mutation: Update, revision: int, now_us: int, limits: Li
                 {"size_bytes": str(len(metadata)), "limit_bytes": str(limits.metadata_bytes_max)},
             )
         )
-    if metadata == head.metadata and consolidated == head.last_consolidated:
+    ends_us = head.expire_time_us if mutation.expire_time_us is None else mutation.expire_time_us
+    before = (head.metadata, head.last_consolidated, head.expire_time_us)
+    if (metadata, consolidated, ends_us) == before:
         return Decision(_answer(head, head.revision))
     after = replace(
         head,
         revision=revision,
         metadata=metadata,
         last_consolidated=consolidated,
+        expire_time_us=ends_us,
         update_time_us=_later(head, now_us),
     )
     return Decision(_answer(after, head.revision), Change(after, head.message_count, 0, ()))

@@ -73,6 +73,7 @@ class SessionStoreServicer(LeaseHandlers, session_store_pb2_grpc.SessionStoreSer
             session_count=await self._engine.count(),
             limits=self._limits_message(),
             scrub=replies.scrub(self._engine.scrubbed()),
+            clock_disbelief=replies.disbelief(self._engine.disbelief()),
         )
 
     # Mutations.
@@ -158,7 +159,7 @@ class SessionStoreServicer(LeaseHandlers, session_store_pb2_grpc.SessionStoreSer
         taken = await self._engine.read(request.key, tail.select, REPLY_BYTES_MAX)
         return v1.GetSessionResponse(
             cursor=cursor,
-            session=replies.session(taken.head),
+            session=replies.session(taken.head, self._limits),
             start=taken.start,
             messages=codec.join(taken.lines),
             truncated=taken.next < taken.head.message_count,
@@ -197,7 +198,7 @@ class SessionStoreServicer(LeaseHandlers, session_store_pb2_grpc.SessionStoreSer
         listing = Listing.of(request, self._engine.store_id, self._bounds)
         cursor = self._engine.cursor()
         page = await self._engine.list(listing.query)
-        sessions, token = listing.page(page)
+        sessions, token = listing.page(page, self._limits)
         return v1.ListSessionsResponse(sessions=sessions, next_page_token=token, cursor=cursor)
 
     # Watching.
@@ -206,7 +207,7 @@ class SessionStoreServicer(LeaseHandlers, session_store_pb2_grpc.SessionStoreSer
         self, request_iterator: AsyncIterator[v1.WatchRequest], context: Context
     ) -> AsyncIterator[v1.WatchResponse]:
         """Stream what changes."""
-        async with aclosing(watch(self._engine, request_iterator, self._bounds)) as made:
+        async with aclosing(watch(self._engine, request_iterator, self._bounds, self._limits)) as made:
             async for response in made:
                 yield response
 
@@ -241,10 +242,6 @@ class SessionStoreServicer(LeaseHandlers, session_store_pb2_grpc.SessionStoreSer
             lease_ttl_max=replies.duration(bounds.lease_ttl_s_max),
             watchers_max=feed.watchers_max,
             watch_keys_max=bounds.watch_keys_max,
-            feed_age_max=_duration(feed.age_s_max),
+            feed_age_max=replies.duration(feed.age_s_max),
             feed_bytes_max=feed.bytes_max,
         )
-
-
-def _duration(seconds: float) -> Duration:
-    return Duration(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))

@@ -16,20 +16,22 @@ from sessionstored.engine import Engine, Refused, Watch
 from sessionstored.engine.events import Batch, Changed, Deleted, Event, LeaseTold, Loaded
 from sessionstored.reads import REPLY_BYTES_MAX
 from sessionstored.requests import Bounds, check_key, refuse
+from sessionstored.rules import Limits
 
 IDLE_S = 10.0
 _IDLE_S_MIN, _IDLE_S_MAX = 1.0, 3600.0
 
 
 async def watch(
-    engine: Engine, requests: AsyncIterator[v1.WatchRequest], bounds: Bounds
+    engine: Engine, requests: AsyncIterator[v1.WatchRequest], bounds: Bounds, limits: Limits
 ) -> AsyncGenerator[v1.WatchResponse, None]:
     """Serve one call.
 
     Args:
         engine: what is watched.
         requests: as they arrive; the first one is there.
-        bounds: the limits in force.
+        bounds: the limits in force, of requests,
+        limits: and of sessions.
 
     Raises:
         Refused: see `Engine.watch` and `Watch.batches`; what is wrong with a request.
@@ -43,7 +45,7 @@ async def watch(
         yield v1.WatchResponse(cursor=cursor)
         async with aclosing(watching.batches(idle_s)) as batches:
             async for batch in batches:
-                for response in responses(batch, cursor):
+                for response in responses(batch, cursor, limits):
                     yield response
                 cursor = batch.cursor
     finally:
@@ -103,18 +105,19 @@ def _invalid(field: str, detail: str) -> None:
 # replies ----------------------------------------------------------------------------------------------------
 
 
-def responses(batch: Batch, before: bytes) -> Iterator[v1.WatchResponse]:
+def responses(batch: Batch, before: bytes, limits: Limits) -> Iterator[v1.WatchResponse]:
     """A batch as replies of about 1 MiB at most; only the last one has the cursor behind all of it.
 
     Args:
         batch: what the engine gave.
         before: the cursor before it.
+        limits: those in force; they say when a session ends.
 
     """
     response = v1.WatchResponse(cursor=before)
     size = 0
     for event in batch.events:
-        for message, message_bytes in _messages(event):
+        for message, message_bytes in _messages(event, limits):
             if response.events and size + message_bytes > REPLY_BYTES_MAX:
                 yield response
                 response, size = v1.WatchResponse(cursor=before), 0
@@ -124,7 +127,7 @@ def responses(batch: Batch, before: bytes) -> Iterator[v1.WatchResponse]:
     yield response
 
 
-def _messages(event: Event) -> Iterator[tuple[v1.WatchEvent, int]]:
+def _messages(event: Event, limits: Limits) -> Iterator[tuple[v1.WatchEvent, int]]:
     """An event as messages, each with about its size: several if it is large."""
     what = event.what
     message = v1.WatchEvent(
@@ -141,7 +144,7 @@ def _messages(event: Event) -> Iterator[tuple[v1.WatchEvent, int]]:
             message.lease.ended = what.ended
             yield message, 0
         case Loaded():
-            message.changed.session.CopyFrom(replies.session(what.head))
+            message.changed.session.CopyFrom(replies.session(what.head, limits))
             message.changed.whole = not what.start
             message.changed.start = what.start
             message.changed.messages = codec.join(what.lines)
@@ -149,13 +152,15 @@ def _messages(event: Event) -> Iterator[tuple[v1.WatchEvent, int]]:
             message.changed.source_key = what.source_key
             yield message, len(message.changed.messages) + len(what.head.metadata)
         case Changed():
-            yield from _changed(message, what)
+            yield from _changed(message, what, limits)
         case _:
             raise AssertionError(f"an engine gave {what!r}")
 
 
-def _changed(message: v1.WatchEvent, what: Changed) -> Iterator[tuple[v1.WatchEvent, int]]:
-    message.changed.session.CopyFrom(replies.session(what.head))
+def _changed(
+    message: v1.WatchEvent, what: Changed, limits: Limits
+) -> Iterator[tuple[v1.WatchEvent, int]]:
+    message.changed.session.CopyFrom(replies.session(what.head, limits))
     message.changed.delete_count = what.delete_count
     start = what.start
     runs = list(_runs(what.lines))

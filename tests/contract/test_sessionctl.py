@@ -76,7 +76,7 @@ def test_ls_lists_in_the_order_that_is_asked_for(daemon, ctl):
     newest = ctl.out("ls", "--order", "update-time-desc", "--limit", "1", "--json").splitlines()
     assert [json.loads(line)["key"] for line in newest] == ["ключ/✓"]
     assert set(json.loads(newest[0])) == {"key", "revision", "message_count", "last_consolidated", "metadata",
-                                          "create_time", "update_time", "damage"}
+                                          "create_time", "update_time", "expire_time", "damage"}
 
 
 def test_show_is_plain_in_a_pipe_and_json_gives_the_bytes(daemon, ctl):

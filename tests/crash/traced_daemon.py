@@ -25,7 +25,7 @@ _JOURNAL = {
     "append": "commit",
     "put_entries": "catalogue",
     "put_windows": "catalogue",
-    "finish_checkpoint": "catalogue",
+    "drop_rows": "catalogue",
     "wal_checkpoint": "log",
 }
 

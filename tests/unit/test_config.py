@@ -58,6 +58,7 @@ def test_every_setting_comes_from_each_place(tmp_path: Path):
         for name, setting in SETTINGS.items()
     }
     other |= {"data": "/d", "listen": ("h:1", "unix:/s"), "store": "memory", "key_bytes_max": 7}
+    other |= {"expire": ("tmp:=7d", "tmp:a=b:=never")}
     other |= {"message_depth_max": 7, "request_id_bytes_max": 7, "backlog_bytes_max": 1 << 21}
     texts = {
         name: ",".join(value) if isinstance(value, tuple) else str(value) for name, value in other.items()

@@ -11,7 +11,7 @@ from sessionstore.v1 import session_store_pb2 as v1
 from sessionstored.engine import Page, Refused
 from sessionstored.paging import Listing, decode_token, encode_token
 from sessionstored.requests import Bounds
-from sessionstored.rules import Head
+from sessionstored.rules import DEFAULT_LIMITS, Head
 
 DIGEST = b"8 bytes."
 KEYS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=128)
@@ -81,13 +81,13 @@ def test_updated_since_is_rounded_up_to_what_is_stored(nanos: int, expected: int
 
 
 def test_the_last_page_has_no_token():
-    sessions, token = listing().page(Page([head("a"), head("b")], more=False))
+    sessions, token = listing().page(Page([head("a"), head("b")], more=False), DEFAULT_LIMITS)
     assert ([session.key for session in sessions], token) == (["a", "b"], "")
 
 
 def test_a_full_page_goes_on_after_its_last_head():
     asked = listing(prefix="p")
-    sessions, token = asked.page(Page([head("pa"), head("pb")], more=True))
+    sessions, token = asked.page(Page([head("pa"), head("pb")], more=True), DEFAULT_LIMITS)
     assert len(sessions) == 2
     assert decode_token(token, asked.digest) == (20, "pb")
 
@@ -95,7 +95,7 @@ def test_a_full_page_goes_on_after_its_last_head():
 def test_a_page_ends_where_its_bytes_do():
     large = [head(str(n), metadata=b"x" * 300_000) for n in range(5)]
     asked = listing()
-    sessions, token = asked.page(Page(large, more=False))
+    sessions, token = asked.page(Page(large, more=False), DEFAULT_LIMITS)
     assert [session.key for session in sessions] == ["0", "1", "2"]
     assert decode_token(token, asked.digest) == (20, "2")
 
@@ -103,10 +103,10 @@ def test_a_page_ends_where_its_bytes_do():
 def test_one_head_larger_than_a_page_comes_alone():
     large = head("a", metadata=b"x" * 2_000_000)
     asked = listing()
-    sessions, token = asked.page(Page([large, replace(large, key="b")], more=False))
+    sessions, token = asked.page(Page([large, replace(large, key="b")], more=False), DEFAULT_LIMITS)
     assert [session.key for session in sessions] == ["a"]
     assert decode_token(token, asked.digest) == (20, "a")
 
 
 def test_an_empty_store_has_one_empty_page():
-    assert listing().page(Page([], more=False)) == ([], "")
+    assert listing().page(Page([], more=False), DEFAULT_LIMITS) == ([], "")

@@ -7,12 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model import METADATA_KEYS, Model, Session, mutations
+from sessionstored.retention import NEVER_US, Retention
 from sessionstored.rules import (
     Answer,
     Append,
     Create,
     Decision,
     Delete,
+    Expire,
     Fork,
     Head,
     Limits,
@@ -22,6 +24,9 @@ from sessionstored.rules import (
     Replace,
     Update,
     decide,
+    ends,
+    expire,
+    expired,
     split_members,
     tail_start,
 )
@@ -336,3 +341,85 @@ def test_metadata_at_the_limit_is_taken() -> None:
     update = Update("k", metadata=exact.replace(b"xx", b"x", 1))
     fits = decide(HEAD, update, revision=11, now_us=1, limits=LIMITS)
     assert isinstance(fits.outcome, Answer)
+
+
+# Sessions that end by themselves.
+
+RULED = Limits(metadata_bytes_max=100, retention=Retention.of({"k": 10}))
+
+
+def decided(mutation: Mutation, head: Head | None = HEAD, limits: Limits = LIMITS, **named: int) -> Decision:
+    return decide(head, mutation, revision=11, **{"now_us": 9_000, **named}, limits=limits)
+
+
+def test_a_session_gets_its_expire_time_and_keeps_it_over_other_changes():
+    made = decided(Create("k", expire_time_us=10_000), None)
+    assert isinstance(made.outcome, Answer)
+    assert (made.outcome.ends_us, made.change and made.change.head and made.change.head.expire_time_us) == (
+        10_000, 10_000,
+    )  # fmt: skip
+    head = replace(HEAD, expire_time_us=10_000)
+    for change in (Append("k", [b"{}"]), Pop("k"), Replace("k", 0, 1, []), Update("k", last_consolidated=1)):
+        found = decided(change, head)
+        assert found.change is not None
+        assert found.change.head is not None
+        assert found.change.head.expire_time_us == 10_000
+        assert isinstance(found.outcome, Answer)
+        assert found.outcome.ends_us == 10_000
+
+
+@pytest.mark.parametrize(("new", "ends_us"), [(12_000, 12_000), (NEVER_US, 0)])
+def test_an_update_sets_it(new: int, ends_us: int):
+    found = decided(Update("k", expire_time_us=new), replace(HEAD, expire_time_us=10_000))
+    assert found.change is not None
+    assert found.change.head == replace(
+        HEAD, expire_time_us=new, revision=11, update_time_us=9_000
+    )
+    assert isinstance(found.outcome, Answer)
+    assert found.outcome.ends_us == ends_us
+    again = decided(Update("k", expire_time_us=new), found.change.head)
+    assert again.change is None
+    assert isinstance(again.outcome, Answer)
+    assert (again.outcome.revision, again.outcome.ends_us) == (11, ends_us)
+
+
+def test_it_lies_in_the_future_of_the_trusted_clock():
+    for mutation in (Create("new", expire_time_us=8_000), Update("k", expire_time_us=8_000)):
+        head = HEAD if isinstance(mutation, Update) else None
+        past = decided(mutation, head, trusted_us=8_000)
+        assert past.change is None
+        assert isinstance(past.outcome, Refusal)
+        assert (past.outcome.reason, past.outcome.metadata["field"]) == ("ARGUMENT_INVALID", "expire_time")
+        assert decided(mutation, head, trusted_us=7_999).change is not None
+
+
+def test_a_fork_has_none_of_its_own():
+    found = decide(
+        None, Fork("new", "k"), revision=11, now_us=9_000, limits=LIMITS,
+        source=replace(HEAD, expire_time_us=10_000),
+    )  # fmt: skip
+    assert found.change is not None
+    assert found.change.head is not None
+    assert found.change.head.expire_time_us == 0
+    assert isinstance(found.outcome, Answer)
+    assert found.outcome.ends_us == 0
+
+
+def test_a_rule_goes_by_the_last_change():
+    found = decided(Append("k", [b"{}"]), limits=RULED)
+    assert isinstance(found.outcome, Answer)
+    assert found.outcome.ends_us == 9_000 + 10_000_000
+    assert ends(HEAD, RULED) == 2_000 + 10_000_000
+    assert ends(replace(HEAD, expire_time_us=5), RULED) == 5
+    assert ends(replace(HEAD, expire_time_us=NEVER_US), RULED) == 0
+
+
+def test_expiry_is_of_those_only_whose_time_has_come():
+    assert expired(HEAD, 10_002_000, RULED)
+    assert not expired(HEAD, 10_001_999, RULED)
+    assert not expired(HEAD, 1 << 60, LIMITS)
+    assert decided(Expire("k"), limits=LIMITS) == Decision(Answer(10, 10, 4, 2, 2_000))
+    gone = decided(Expire("k"), None)
+    assert isinstance(gone.outcome, Refusal)
+    assert gone.outcome.reason == "SESSION_NOT_FOUND"
+    assert expire(HEAD, 11, 9_000) == decided(Delete("k"))

@@ -1,7 +1,8 @@
 """How one request is settled: which of windows, request ids and rules answers, and what is remembered."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import pytest
 from sessionstored.engine import Refused, Request
 from sessionstored.engine.settle import Settled, expired_in_queue, settle
 from sessionstored.leases import Lease, LeaseEvent
@@ -9,11 +10,15 @@ from sessionstored.rules import (
     DEFAULT_LIMITS,
     Answer,
     Append,
+    Create,
     Delete,
+    Expire,
     Fork,
     Head,
+    Mutation,
     Pop,
     Refusal,
+    Update,
 )
 from sessionstored.windows import Call, CallWindow, Remembered
 
@@ -30,11 +35,17 @@ class FakeView:
     requests: dict[tuple[str, str], Remembered] = field(default_factory=dict)
     leases: dict[str, Lease] = field(default_factory=dict)
     events: list[LeaseEvent] = field(default_factory=list)
+    over: set[str] = field(default_factory=set)
+    """Keys whose sessions have expired."""
+    trusted_us: int = 9_000
 
     def head(self, key: str, damaged: bool = False) -> Head | None:
         if key in self.damaged:
             raise Refused(DAMAGE)
         return self.heads.get(key)
+
+    def expired(self, head: Head) -> bool:
+        return head.key in self.over
 
     def last_message(self, key: str) -> bytes:
         return b'{"last": "%s"}' % key.encode()
@@ -65,6 +76,9 @@ class FakeView:
         settled = settle(
             request, self, revision=11, now_us=9_000, clock_s=clock_s, limits=DEFAULT_LIMITS
         )
+        if settled.expired:
+            del self.heads[request.mutation.key]
+            self.over.discard(request.mutation.key)
         if settled.change is not None and settled.change.head is not None:
             self.heads[request.mutation.key] = settled.change.head
         elif settled.change is not None:
@@ -214,3 +228,56 @@ def test_what_waited_too_long_is_said_to_be_unapplied() -> None:
     refusal = expired_in_queue()
     assert refusal.reason == "EXPIRED_IN_QUEUE"
     assert "nothing was stored" in refusal.message
+
+
+# Sessions that have expired.
+
+
+def expired_view() -> FakeView:
+    return FakeView({"k": HEAD}, over={"k"})
+
+
+@pytest.mark.parametrize("mutation", [APPEND, Create("k", [b"{}"]), Fork("k", "other")])
+def test_what_makes_a_session_ends_the_expired_one_first(mutation: Mutation):
+    view = expired_view()
+    view.heads["other"] = replace(HEAD, key="other")
+    settled = view.settle(Request(mutation))
+    assert settled.expired
+    assert isinstance(settled.reply.outcome, Answer)
+    assert (settled.reply.outcome.previous_revision, settled.reply.outcome.revision) == (0, 12)
+    assert settled.change is not None
+    assert settled.change.head is not None
+    assert (settled.change.head.create_time_us, settled.change.start) == (9_000, 0)
+
+
+@pytest.mark.parametrize(
+    ("mutation", "reason"),
+    [
+        (Pop("k"), "SESSION_NOT_FOUND"),
+        (Delete("k"), "SESSION_NOT_FOUND"),
+        (Update("k", last_consolidated=0), "SESSION_NOT_FOUND"),
+        (Append("k", [b"{}"], expected_revision=10), "REVISION_CONFLICT"),
+        (Fork("new", "k"), "SESSION_NOT_FOUND"),
+    ],
+)
+def test_other_changes_do_not_find_it_and_change_nothing(mutation: Mutation, reason: str):
+    view = expired_view()
+    settled = view.settle(Request(mutation))
+    assert isinstance(settled.reply.outcome, Refusal)
+    assert settled.reply.outcome.reason == reason
+    assert (settled.expired, settled.change, view.heads) == (False, None, {"k": HEAD})
+
+
+def test_expiring_ends_it_once():
+    view = expired_view()
+    first, second = (view.settle(Request(Expire("k"))) for _ in range(2))
+    assert (first.expired, first.change) == (True, None)
+    assert first.reply.outcome == Answer(11, 10, 0, 0, 9_000)
+    assert (second.expired, second.change) == (False, None)
+    assert isinstance(second.reply.outcome, Refusal)
+
+
+def test_expiring_leaves_a_session_whose_time_has_not_come():
+    view = FakeView({"k": HEAD})
+    settled = view.settle(Request(Expire("k")))
+    assert (settled.expired, settled.change, view.heads) == (False, None, {"k": HEAD})

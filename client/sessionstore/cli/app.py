@@ -17,8 +17,8 @@ from sessionstore import codec
 from sessionstore._operations import BACKUP, Held, Rpc, pb, read
 from sessionstore._operations import lease as lease_of
 from sessionstore._types import OrderBy
-from sessionstore.cli import backing_up, exporting, importing, output, wire
-from sessionstore.cli.conversation import printable, rows
+from sessionstore.cli import backing_up, expiring, exporting, importing, output, wire
+from sessionstore.cli.conversation import local_time, printable, rows
 from sessionstore.client import SessionStore
 from sessionstore.errors import NotFoundError, OutcomeUnknownError, SessionStoreError, error_for
 
@@ -299,6 +299,26 @@ def backup(store: SessionStore, directory: Path) -> None:
         _complain(f"{damage['key']}: damaged: {damage['path']}: {damage['detail']}")
     if made.damaged:
         raise Failed(f"damaged in the store, and copied as it is: {_count(len(made.damaged), 'file')}")
+
+
+@sessionctl.command()
+@click.argument("key")
+@click.argument("when")
+@_connected
+def expire(store: SessionStore, key: str, when: str) -> None:
+    """Let a session end by itself: WHEN is an age from now (90s, 15m, 36h, 7d, 2w), an ISO time, or never.
+
+    It and its messages are then removed, for good. `never` counts also against what the daemon's
+    configuration says for its key.
+    """
+    try:
+        expires = expiring.parse(when)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    handle = store.session(key)
+    handle.update(expire_time=expires)
+    told = f"expires {local_time(handle.expire_time)}" if handle.expire_time else "never expires"
+    click.echo(f"{printable(key)}: {told}")
 
 
 @sessionctl.command()

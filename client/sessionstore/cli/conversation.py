@@ -86,6 +86,8 @@ def _head_rows(head: Head) -> Iterator[Row]:
         f"{head.message_count} message{plural}, revision {head.revision}, "
         f"created {local_time(head.create_time)}, updated {local_time(head.update_time)}",
     )
+    if head.expire_time:
+        yield Row("note", f"expires {local_time(head.expire_time)}")
     if head.metadata:
         yield Row("note", f"metadata {_json(head.metadata)}")
     if head.damage:

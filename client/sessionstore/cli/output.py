@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from sessionstore._types import Head, Lease, ScrubStatus, ServerInfo
+from sessionstore._types import ClockDisbelief, Head, Lease, ScrubStatus, ServerInfo
 from sessionstore.cli.conversation import Kind, Row, local_time, printable
 from sessionstore.cli.files import written
 from sessionstore.cli.importing import Outcome, Result
@@ -96,6 +96,7 @@ def head_json(head: Head) -> bytes:
         "metadata": head.metadata,
         "create_time": head.create_time.isoformat(),
         "update_time": head.update_time.isoformat(),
+        "expire_time": head.expire_time and head.expire_time.isoformat(),
         "damage": head.damage,
     }
     return written(fields)
@@ -122,6 +123,8 @@ def write_info(info: ServerInfo) -> None:
     ]
     if info.scrub is not None:
         entries.insert(6, ("scrubber", _scrub_line(info.scrub)))
+    if info.clock_disbelief is not None:
+        entries.insert(6, ("clock", _clock_line(info.clock_disbelief)))
     table = _table("", "")
     table.show_header = False
     for name, value in entries:
@@ -143,6 +146,13 @@ def write_lease(lease: Lease) -> None:
     ):
         table.add_row(Text(name, style="bold"), Text(printable(value)))
     console().print(table)
+
+
+def _clock_line(found: ClockDisbelief) -> str:
+    return (
+        f"{found.ahead} ahead of the time that went by: sessions expire as at "
+        f"{local_time(found.trusted_time)}, until it stayed so for {found.confirmed_in} more"
+    )
 
 
 def _scrub_line(scrub: ScrubStatus) -> str:

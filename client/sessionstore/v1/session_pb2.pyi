@@ -126,6 +126,7 @@ class WriteResult(google.protobuf.message.Message):
     LAST_CONSOLIDATED_FIELD_NUMBER: builtins.int
     UPDATE_TIME_FIELD_NUMBER: builtins.int
     REPLAYED_FIELD_NUMBER: builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: builtins.int
     revision: builtins.int
     """revision is the session's revision after the change. A change that changes nothing keeps the revision."""
     previous_revision: builtins.int
@@ -140,6 +141,10 @@ class WriteResult(google.protobuf.message.Message):
     def update_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """update_time is the session's update_time after the change."""
 
+    @property
+    def expire_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """expire_time is when the session ends by itself after the change, as in Session.expire_time; absent means never."""
+
     def __init__(
         self,
         *,
@@ -149,8 +154,9 @@ class WriteResult(google.protobuf.message.Message):
         last_consolidated: builtins.int = ...,
         update_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         replayed: builtins.bool = ...,
+        expire_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["update_time", b"update_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["last_consolidated", b"last_consolidated", "message_count", b"message_count", "previous_revision", b"previous_revision", "replayed", b"replayed", "revision", b"revision", "update_time", b"update_time"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["expire_time", b"expire_time", "update_time", b"update_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["expire_time", b"expire_time", "last_consolidated", b"last_consolidated", "message_count", b"message_count", "previous_revision", b"previous_revision", "replayed", b"replayed", "revision", b"revision", "update_time", b"update_time"]) -> None: ...
 
 global___WriteResult = WriteResult

@@ -107,6 +107,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     SESSION_COUNT_FIELD_NUMBER: builtins.int
     LIMITS_FIELD_NUMBER: builtins.int
     SCRUB_FIELD_NUMBER: builtins.int
+    CLOCK_DISBELIEF_FIELD_NUMBER: builtins.int
     version: builtins.str
     """version is the daemon's version, as in its distribution."""
     store_id: builtins.str
@@ -131,6 +132,10 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     def scrub(self) -> global___ScrubStatus:
         """scrub tells what was compared with checksums in the background; absent for an engine that does not do that."""
 
+    @property
+    def clock_disbelief(self) -> global___ClockDisbelief:
+        """clock_disbelief tells that sessions do not expire by the daemon's clock, because it jumped ahead; absent if they do."""
+
     def __init__(
         self,
         *,
@@ -142,11 +147,47 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         session_count: builtins.int = ...,
         limits: global___Limits | None = ...,
         scrub: global___ScrubStatus | None = ...,
+        clock_disbelief: global___ClockDisbelief | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["limits", b"limits", "scrub", b"scrub", "start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["durability", b"durability", "engine", b"engine", "limits", b"limits", "scrub", b"scrub", "session_count", b"session_count", "start_time", b"start_time", "store_id", b"store_id", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["clock_disbelief", b"clock_disbelief", "limits", b"limits", "scrub", b"scrub", "start_time", b"start_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["clock_disbelief", b"clock_disbelief", "durability", b"durability", "engine", b"engine", "limits", b"limits", "scrub", b"scrub", "session_count", b"session_count", "start_time", b"start_time", "store_id", b"store_id", "version", b"version"]) -> None: ...
 
 global___GetServerInfoResponse = GetServerInfoResponse
+
+@typing.final
+class ClockDisbelief(google.protobuf.message.Message):
+    """ClockDisbelief tells of a clock that jumped ahead. A clock that is wrong must not end every session: until it stayed
+    so for a while, sessions expire as if it had not jumped.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TRUSTED_TIME_FIELD_NUMBER: builtins.int
+    AHEAD_FIELD_NUMBER: builtins.int
+    CONFIRMED_IN_FIELD_NUMBER: builtins.int
+    @property
+    def trusted_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """trusted_time is what sessions expire by now."""
+
+    @property
+    def ahead(self) -> google.protobuf.duration_pb2.Duration:
+        """ahead is how far the daemon's clock is ahead of that."""
+
+    @property
+    def confirmed_in(self) -> google.protobuf.duration_pb2.Duration:
+        """confirmed_in is after how much more service the clock is believed, if it stays as it is."""
+
+    def __init__(
+        self,
+        *,
+        trusted_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        ahead: google.protobuf.duration_pb2.Duration | None = ...,
+        confirmed_in: google.protobuf.duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["ahead", b"ahead", "confirmed_in", b"confirmed_in", "trusted_time", b"trusted_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["ahead", b"ahead", "confirmed_in", b"confirmed_in", "trusted_time", b"trusted_time"]) -> None: ...
+
+global___ClockDisbelief = ClockDisbelief
 
 @typing.final
 class ScrubStatus(google.protobuf.message.Message):

@@ -15,6 +15,7 @@ from typing import Protocol
 from sessionstored.engine.events import Batch
 from sessionstored.leases import AnyOutcome, Lease, LeaseOperation
 from sessionstored.rules import Head, Mutation, Refusal
+from sessionstored.trusted import Disbelief
 from sessionstored.windows import Call
 
 BACKUP_BYTES_MAX = 1 << 20
@@ -284,6 +285,10 @@ class Engine(Protocol):
 
     def end_watches(self, refusal: Refusal) -> None:
         """End every watch, and refuse those that come later."""
+        ...
+
+    def disbelief(self) -> Disbelief | None:
+        """What is known of a wall clock that jumped, and that sessions do not expire by; None if they do."""
         ...
 
     def scrubbed(self) -> Scrub | None:

@@ -247,7 +247,7 @@ class Feed:
                 del self._prefix_lengths[len(prefix)]
 
 
-def expired() -> Refusal:
+def cursor_expired() -> Refusal:
     """The refusal for a cursor behind which something is not kept any more."""
     return Refusal(
         "CURSOR_EXPIRED",

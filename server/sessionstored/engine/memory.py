@@ -13,12 +13,13 @@ from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 
 from sessionstored.engine import BackupItem, Order, Page, Query, Refused, Reply, Request, Slice
 from sessionstored.engine.events import Deleted, Event, changed, lease_told
-from sessionstored.engine.feed import DEFAULT_FEED_LIMITS, Feed, FeedLimits, Old, expired
+from sessionstored.engine.feed import DEFAULT_FEED_LIMITS, Feed, FeedLimits, Old, cursor_expired
 from sessionstored.engine.leasing import LeaseBook
 from sessionstored.engine.settle import expired_in_queue, settle
 from sessionstored.engine.watcher import Watcher
 from sessionstored.leases import Lease, LeaseEvent
-from sessionstored.rules import DEFAULT_LIMITS, Change, Fork, Head, Limits, Refusal, not_found
+from sessionstored.rules import DEFAULT_LIMITS, Change, Fork, Head, Limits, Refusal, ends, expired, not_found
+from sessionstored.trusted import Disbelief, TrustedClock
 from sessionstored.windows import CallWindow, Remembered
 
 
@@ -49,6 +50,19 @@ class MemoryEngine:
         self._limits = limits
         self._wall_ns = wall_ns
         self._clock_s = clock_s
+        self._trusted = TrustedClock(
+            lambda: wall_ns() // 1000,
+            lambda: int(clock_s() * 1e6),
+            jump_us_max=int(limits.expiry_jump_max_s * 1e6),
+            confirm_us=int(limits.expiry_confirm_s * 1e6),
+        )
+        self.trusted_us = self._trusted.now_us()
+        self._next_end_us = 0
+        """When the next session ends by itself, if any does; 0 if none."""
+        self.lease_in_force: Callable[[str], bool] = (
+            lambda key: self._leases.in_force(key, self._clock_s()) is not None
+        )
+        """Whether a lease makes the end of a session wait."""
         self._heads: dict[str, Head] = {}
         self._lines: dict[str, list[bytes]] = {}
         self._windows: dict[str, CallWindow] = {}
@@ -69,6 +83,7 @@ class MemoryEngine:
         return [self._apply(request) for request in requests]
 
     def _apply(self, request: Request) -> Reply:
+        self.trusted_us = self._trusted.now_us()
         late = request.deadline_s is not None and time.monotonic() > request.deadline_s
         settled = settle(
             request,
@@ -79,10 +94,14 @@ class MemoryEngine:
             limits=self._limits,
             obstacle=expired_in_queue() if late else None,
         )
+        if settled.expired:
+            self._revision += 1
+            self._drop(request.mutation.key, expired=True)
         if settled.change is not None:
             self._revision += 1
             self._store(request, settled.change)
         self._forget()
+        self._sweep()
         return settled.reply
 
     def _store(self, request: Request, change: Change) -> None:
@@ -90,10 +109,10 @@ class MemoryEngine:
         before = self._heads.get(key)
         previous = before.revision if before else 0
         if change.head is None:
-            del self._heads[key], self._lines[key]
-            self._publish(Event(key, self._revision, previous, Deleted()))
-            return
+            return self._drop(key)
         self._heads[key] = change.head
+        if ends_us := ends(change.head, self._limits):
+            self._next_end_us = min(ends_us, self._next_end_us or ends_us)
         lines = self._lines.setdefault(key, [])
         lines[change.start : change.start + change.delete_count] = change.messages
         source_key = ""
@@ -112,6 +131,21 @@ class MemoryEngine:
         ):
             self._kept_bytes -= self._kept.popleft()[2]
         self.feed.publish(self.feed.position + 1, [event])
+
+    def _drop(self, key: str, *, expired: bool = False) -> None:
+        previous = self._heads[key].revision
+        del self._heads[key], self._lines[key]
+        self._publish(Event(key, self._revision, previous, Deleted(expired)))
+
+    def _sweep(self) -> None:
+        """Remove expired sessions. Where a lease makes that wait, they are looked at again a second later."""
+        if not 0 < self._next_end_us <= self.trusted_us:
+            return
+        for key in [key for key, head in self._heads.items() if self.expired(head)]:
+            self._revision += 1
+            self._drop(key, expired=True)
+        left = [ends_us for head in self._heads.values() if (ends_us := ends(head, self._limits))]
+        self._next_end_us = max(min(left), self.trusted_us + 1_000_000) if left else 0
 
     def _forget(self) -> None:
         """Drop what is too old: windows of silent clients, and request_ids, those of deleted sessions too."""
@@ -133,6 +167,10 @@ class MemoryEngine:
     def head(self, key: str, damaged: bool = False) -> Head | None:
         """The session's head."""
         return self._heads.get(key)
+
+    def expired(self, head: Head) -> bool:
+        """Whether a session has expired, and no lease makes its end wait."""
+        return expired(head, self.trusted_us, self._limits) and not self.lease_in_force(head.key)
 
     def last_message(self, key: str) -> bytes:
         """The session's last message."""
@@ -182,8 +220,9 @@ class MemoryEngine:
 
     async def read(self, key: str, select: Callable[[Head], tuple[int, int]], max_bytes: int) -> Slice:
         """Read a head and some of its messages."""
+        self.trusted_us = self._trusted.now_us()
         head = self._heads.get(key)
-        if head is None:
+        if head is None or self.expired(head):
             raise Refused(not_found(key))
         start, stop = select(head)
         lines: list[bytes] = []
@@ -205,6 +244,7 @@ class MemoryEngine:
 
     async def list(self, query: Query) -> Page:
         """One page of heads."""
+        self.trusted_us = self._trusted.now_us()
         by_time = query.order in (Order.UPDATE_TIME, Order.UPDATE_TIME_DESC)
         backwards = query.order in (Order.KEY_DESC, Order.UPDATE_TIME_DESC)
 
@@ -215,6 +255,7 @@ class MemoryEngine:
             head
             for head in self._heads.values()
             if head.key.startswith(query.prefix)
+            and not self.expired(head)
             and (query.updated_since_us is None or head.update_time_us >= query.updated_since_us)
         ]
         heads.sort(key=lambda head: position(head.update_time_us, head.key), reverse=backwards)
@@ -247,7 +288,7 @@ class MemoryEngine:
         await asyncio.sleep(0)  # a watcher who is far behind asks again and again
         first = self.feed.position - len(self._kept) + 1
         if after + 1 < first:
-            raise Refused(expired())
+            raise Refused(cursor_expired())
         events: list[Event] = []
         size = 0
         for position in range(after + 1, through + 1):
@@ -262,6 +303,10 @@ class MemoryEngine:
     async def count(self) -> int:
         """How many sessions there are."""
         return len(self._heads)
+
+    def disbelief(self) -> Disbelief | None:
+        """What is known of a wall clock that sessions do not expire by."""
+        return self._trusted.disbelief()
 
     def scrubbed(self) -> None:
         """Memory has no checksums."""

@@ -15,6 +15,7 @@ from sessionstored.rules import (
     Change,
     Decision,
     Delete,
+    Expire,
     Fork,
     Head,
     Limits,
@@ -22,6 +23,7 @@ from sessionstored.rules import (
     Pop,
     Refusal,
     decide,
+    expire,
 )
 from sessionstored.windows import CallWindow, Remembered, find_request, remembered_by_request_id
 
@@ -33,6 +35,15 @@ class View(LeaseView, Protocol):
 
     def head(self, key: str, damaged: bool = False) -> Head | None:
         """The session's head; raises Refused (DATA_LOSS) if it cannot be served, unless `damaged` is set."""
+        ...
+
+    def expired(self, head: Head) -> bool:
+        """Whether a session of this view has expired, and neither damage nor a lease makes that wait."""
+        ...
+
+    @property
+    def trusted_us(self) -> int:
+        """The clock that sessions expire by."""
         ...
 
     def last_message(self, key: str) -> bytes:
@@ -59,6 +70,8 @@ class Settled:
     reply: Reply
     change: Change | None = None
     recorded: bool = False
+    expired: bool = False
+    """The session that was there had expired: it ends with the revision given; the change has the next."""
 
 
 def settle(
@@ -92,6 +105,7 @@ def settle(
             return Settled(Reply(first, replayed=not isinstance(first, Refusal)))
     key = request.mutation.key
     change: Change | None = None
+    expired = False
     outcome: AnyOutcome | None = None
     replayed = False
     if request.request_id:
@@ -102,14 +116,14 @@ def settle(
         return Settled(Reply(obstacle))
     if outcome is None:
         try:
-            outcome, change = _decide(request, view, revision, now_us, clock_s, limits)
+            outcome, change, expired = _decide(request, view, revision, now_us, clock_s, limits)
         except Refused as not_now:
             return Settled(Reply(not_now.refusal))
         if request.request_id and remembered_by_request_id(outcome):
             view.remember(key, request.request_id, Remembered(request.digest, outcome))
     if request.call is not None and window is not None:
         window.record(request.call, request.digest, outcome, clock_s, limits)
-    return Settled(Reply(outcome, replayed), change, recorded=window is not None)
+    return Settled(Reply(outcome, replayed), change, recorded=window is not None, expired=expired)
 
 
 def expired_in_queue() -> Refusal:
@@ -119,8 +133,11 @@ def expired_in_queue() -> Refusal:
 
 def _decide(
     request: Request, view: View, revision: int, now_us: int, clock_s: float, limits: Limits
-) -> tuple[AnyOutcome, Change | None]:
-    """Decide one request. Raises Refused for what is not to be remembered."""
+) -> tuple[AnyOutcome, Change | None, bool]:
+    """The outcome, its change, and whether a session that had expired ends before: as if it were deleted.
+
+    Raises Refused for what is not to be remembered.
+    """
     mutation = request.mutation
     if isinstance(mutation, Acquire | Renew | Release):
         outcome = settle_lease(
@@ -132,12 +149,12 @@ def _decide(
             limits=limits,
             behind=request.behind,
         )
-        return _asked_again(request, outcome), None
+        return _asked_again(request, outcome), None, False
     refusal = refused_by_lease(mutation, request.fencing_token, view, clock_s)
     if refusal is not None:
-        return _asked_again(request, refusal), None
-    decision = _decide_mutation(mutation, view, revision, now_us, limits)
-    return decision.outcome, decision.change
+        return _asked_again(request, refusal), None, False
+    decision, expired = _decide_mutation(mutation, view, revision, now_us, limits)
+    return decision.outcome, decision.change, expired
 
 
 def _asked_again(request: Request, outcome: Asked) -> Asked:
@@ -151,11 +168,28 @@ def _asked_again(request: Request, outcome: Asked) -> Asked:
 
 def _decide_mutation(
     mutation: Mutation, view: View, revision: int, now_us: int, limits: Limits
-) -> Decision:
+) -> tuple[Decision, bool]:
+    """The decision, and whether a session that had expired ends before it."""
     source = view.head(mutation.source_key) if isinstance(mutation, Fork) else None
+    if source is not None and view.expired(source):
+        source = None
     head = view.head(mutation.key, damaged=isinstance(mutation, Delete))  # damaged sessions can be deleted
-    decision = decide(head, mutation, revision=revision, now_us=now_us, source=source, limits=limits)
+    expired = head is not None and view.expired(head)
+    if expired:
+        assert head is not None
+        if isinstance(mutation, Expire):
+            return Decision(expire(head, revision, now_us).outcome), True
+        head, revision = None, revision + 1
+    decision = decide(
+        head,
+        mutation,
+        revision=revision,
+        now_us=now_us,
+        trusted_us=view.trusted_us,
+        source=source,
+        limits=limits,
+    )
     if isinstance(mutation, Pop) and isinstance(decision.outcome, Answer):
         popped = replace(decision.outcome, message=view.last_message(mutation.key))
-        return Decision(popped, decision.change)
-    return decision
+        return Decision(popped, decision.change), False
+    return decision, expired and decision.change is not None

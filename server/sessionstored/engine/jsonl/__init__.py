@@ -18,7 +18,7 @@ import apsw
 
 from sessionstored.engine import BackupItem, Page, Query, Refused, Reply, Request, Scrub, Slice
 from sessionstored.engine.events import Event
-from sessionstored.engine.feed import DEFAULT_FEED_LIMITS, Feed, FeedLimits, Old, expired
+from sessionstored.engine.feed import DEFAULT_FEED_LIMITS, Feed, FeedLimits, Old, cursor_expired
 from sessionstored.engine.jsonl import feeding, pages
 from sessionstored.engine.jsonl.backing_up import Backups
 from sessionstored.engine.jsonl.committer import NEEDS_NO_ROOM, STOPPING, UNKNOWN, Committer, Job, StaleFork
@@ -46,6 +46,7 @@ from sessionstored.rules import (
     Replace,
     not_found,
 )
+from sessionstored.trusted import Disbelief
 
 log = logging.getLogger(__name__)
 
@@ -400,7 +401,7 @@ class JsonlEngine:
                 raise Refused(not_found(key))
             with vault.lock:
                 head, refusal, base, seen = state.head, state.refusal, state.base, state.lines
-                if head is None:
+                if head is None or (refusal is None and vault.expired(head)):
                     raise Refused(not_found(key))
                 if refusal is None:
                     start, stop = select(head)
@@ -493,7 +494,7 @@ class JsonlEngine:
         def read() -> Old:
             kept = self._vault.reading(lambda reader: reader.feed_rows(after, through, _REPLAY_BYTES))
             if kept is None:
-                raise Refused(expired())
+                raise Refused(cursor_expired())
             return Old(*feeding.events(kept, concerns, bytes_max))
 
         return await self._read(read)
@@ -501,6 +502,10 @@ class JsonlEngine:
     async def count(self) -> int:
         """How many sessions there are."""
         return self._vault.session_count
+
+    def disbelief(self) -> Disbelief | None:
+        """What is known of a wall clock that sessions do not expire by."""
+        return self._vault.trusted.disbelief()
 
     def scrubbed(self) -> Scrub:
         """What the scrubber verified since the start."""

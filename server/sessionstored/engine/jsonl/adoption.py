@@ -23,7 +23,9 @@ class Unreadable(Unadoptable):
     """A file that cannot be opened or read: nobody knows whose it is."""
 
 
-def adopt(files: SessionFiles, name: str, revision: int, key: str = "") -> tuple[Entry, Sequence[str]]:
+def adopt(
+    files: SessionFiles, name: str, revision: int, key: str = "", expire_time_us: int = 0
+) -> tuple[Entry, Sequence[str]]:
     """Read a file that somebody else wrote, as it is; its bytes stay as they are.
 
     Args:
@@ -31,6 +33,7 @@ def adopt(files: SessionFiles, name: str, revision: int, key: str = "") -> tuple
         name: the file.
         revision: the revision that the session gets.
         key: whose it is known to be; "" lets its header, or else its name, say.
+        expire_time_us: when the session was to end, for a header that does not say.
 
     Returns:
         The catalogue row, and what to say in the log.
@@ -53,7 +56,7 @@ def adopt(files: SessionFiles, name: str, revision: int, key: str = "") -> tuple
     if key and own != key:
         raise Unadoptable(f"its header says that it belongs to session {own!r}")
     key = own
-    head, notes = adopted_head(found, key, revision, stat.st_mtime_ns // 1000, damage)
+    head, notes = adopted_head(found, key, revision, stat.st_mtime_ns // 1000, damage, expire_time_us)
     superseded = found.superseded_bytes
     if notes or data.startswith(BOM):  # written anew at its first change, so that the seed reads it then
         superseded = max(len(data), HEADERS_BYTES_MIN)

@@ -61,8 +61,8 @@ class Answers:
         row = (key, request_id, stored.n, float(stored.at_s), kept.digest, outcome)
         self._db.execute("INSERT OR REPLACE INTO request VALUES (?, ?, ?, ?, ?, ?, ?)", (*row, row_crc(row)))
 
-    def forget(self, touched: Iterable[str], request_ids_max: int, before_s: float) -> None:
-        """Drop what is over its limits. Within a transaction.
+    def forget(self, touched: Iterable[str], request_ids_max: int, before_s: float) -> bool:
+        """Drop what is over its limits. Returns whether any was too old. Within a transaction.
 
         Args:
             touched: the sessions whose request_ids may be too many.
@@ -77,7 +77,9 @@ class Answers:
                 (key, request_ids_max),
             )
         self._db.execute("DELETE FROM request WHERE at_s < ?", (before_s,))
+        gone = self._db.changes()
         self._db.execute("DELETE FROM client WHERE last_contact_s < ?", (before_s,))
+        return gone + self._db.changes() > 0
 
     def call_window(self, client_id: str) -> CallWindow | None:
         """A client's window. Raises WrongRow."""

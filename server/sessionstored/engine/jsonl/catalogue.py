@@ -4,9 +4,9 @@ Knows this table's rows, through whichever connection it is given; nothing of tr
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from zlib import crc32
 
 import apsw
@@ -14,6 +14,7 @@ import apsw
 from sessionstored.engine import Order, Query
 from sessionstored.engine.jsonl.blocks import Blocks
 from sessionstored.engine.jsonl.tables import WrongRow, one_value
+from sessionstored.retention import NO_RULES, TIME_US_MAX, Retention
 from sessionstored.rules import Head
 
 SCHEMA = """
@@ -21,23 +22,28 @@ CREATE TABLE session(generation INTEGER NOT NULL, revision INTEGER NOT NULL,
     rewrite_revision INTEGER NOT NULL, message_count INTEGER NOT NULL, last_consolidated INTEGER NOT NULL,
     create_time_us INTEGER NOT NULL, update_time_us INTEGER NOT NULL, bad_line INTEGER NOT NULL,
     superseded_bytes INTEGER NOT NULL, length INTEGER NOT NULL, size INTEGER NOT NULL, inode INTEGER NOT NULL,
-    mtime_ns INTEGER NOT NULL, crc INTEGER NOT NULL, key TEXT NOT NULL UNIQUE, file TEXT NOT NULL UNIQUE,
+    mtime_ns INTEGER NOT NULL, expire_time_us INTEGER NOT NULL, ends_us INTEGER NOT NULL,
+    crc INTEGER NOT NULL, key TEXT NOT NULL UNIQUE, file TEXT NOT NULL UNIQUE,
     damage TEXT NOT NULL, metadata BLOB NOT NULL, blocks BLOB NOT NULL);
 CREATE INDEX session_by_update_time ON session(update_time_us, key);
+CREATE INDEX session_by_end ON session(ends_us, key) WHERE ends_us > 0;
 """
 _NUMBERS = (
     "generation, revision, rewrite_revision, message_count, last_consolidated, create_time_us, "
-    "update_time_us, bad_line, superseded_bytes, length, size, inode, mtime_ns"
+    "update_time_us, bad_line, superseded_bytes, length, size, inode, mtime_ns, expire_time_us"
 )
 _TEXTS = "CAST(key AS BLOB), CAST(file AS BLOB), CAST(damage AS BLOB)"
 _READ = f"rowid, crc, {_NUMBERS}, {_TEXTS}, metadata, blocks"
 _COLUMNS = [*_NUMBERS.split(", "), "key", "file", "damage", "metadata", "blocks"]
 _UPSERT = (
-    f"INSERT INTO session({', '.join(_COLUMNS)}, crc) VALUES ({', '.join('?' * (len(_COLUMNS) + 1))}) "
+    f"INSERT INTO session({', '.join(_COLUMNS)}, crc, ends_us) "
+    f"VALUES ({', '.join('?' * (len(_COLUMNS) + 2))}) "
     "ON CONFLICT(key) DO UPDATE SET "
-    + ", ".join(f"{column} = excluded.{column}" for column in [*_COLUMNS, "crc"] if column != "key")
+    + ", ".join(f"{each} = excluded.{each}" for each in [*_COLUMNS, "crc", "ends_us"] if each != "key")
 )
 _FIXED = struct.Struct(f"<{len(_COLUMNS)}q")
+_BAD_LINE = 9
+"""Where `_READ` has it."""
 ROW_LOST = -2
 """As an entry's `bad_line`: its row was not what was written, and this one stands in for it."""
 
@@ -142,8 +148,24 @@ class Catalogue:
         rows = self._rows("WHERE rowid > ? ORDER BY rowid LIMIT ?", rowid, count)
         return [_known_file(row) for row in rows]
 
-    def heads(self, query: Query) -> Iterator[Head]:
-        """The catalogue's heads that a query asks for, in its order, without end. Raises WrongRow."""
+    def expiring(self, until_us: int, after: tuple[int, str], count: int) -> list[tuple[int, str]]:
+        """(end, key) of the next sessions whose time has come, as far as the catalogue knows."""
+        rows = self._db.execute(
+            "SELECT ends_us, key FROM session WHERE ends_us > 0 AND ends_us <= ? AND (ends_us, key) > (?, ?) "
+            "ORDER BY ends_us, key LIMIT ?",
+            (until_us, *after, count),
+        )
+        return cast("list[tuple[int, str]]", rows.fetchall())
+
+    def newest_update_us(self) -> int:
+        """When the session that changed last did so; 0 if there is none."""
+        return one_value(self._db, "SELECT ifnull(max(update_time_us), 0) FROM session")
+
+    def heads(self, query: Query, hidden: Callable[[Head], bool]) -> Iterator[Head]:
+        """The catalogue's heads that a query asks for, in its order, without end. Raises WrongRow.
+
+        Not those that are `hidden`, which is not asked about damaged sessions.
+        """
         where, values = [], list[object]()
         by_time = query.order in (Order.UPDATE_TIME, Order.UPDATE_TIME_DESC)
         down = query.order in (Order.KEY_DESC, Order.UPDATE_TIME_DESC)
@@ -169,7 +191,9 @@ class Catalogue:
         for row in self._rows(f"{condition} ORDER BY {', '.join(order)}", *values):
             if not _is_whole(row):
                 raise self._wrong(row)
-            yield _head_of(row)
+            head = _head_of(row)
+            if row[_BAD_LINE] or not hidden(head):
+                yield head
 
     def _rows(self, condition: str, *values: object) -> Iterator[_Row]:
         yield from self._db.execute(f"SELECT {_READ} FROM session {condition}", values)
@@ -188,7 +212,26 @@ class Catalogue:
 
 
 class WritableCatalogue(Catalogue):
-    """The same, with what changes rows."""
+    """The same, with what changes rows.
+
+    When a session ends (`ends_us`) follows from its row and the rules in force; so the row's checksum does
+    not cover it. It only proposes: who ends a session looks at its head.
+    """
+
+    retention = NO_RULES
+
+    def set_retention(self, retention: Retention) -> None:
+        """Say of every row when its session ends by these rules. Within a transaction."""
+        self.retention = retention
+        self._db.execute("UPDATE session SET ends_us = max(expire_time_us, 0) WHERE bad_line = 0")
+        for prefix, age_s in reversed(retention.rules):  # the longest prefix last: it counts
+            upper = after_prefix(prefix)
+            self._db.execute(
+                "UPDATE session SET ends_us = min(update_time_us + ?1 * 1000000, ?2) * (?1 > 0) "
+                "WHERE expire_time_us = 0 AND bad_line = 0 AND key >= ?3"
+                + (" AND key < ?4" if upper else ""),
+                (age_s, TIME_US_MAX, prefix, upper)[: 4 if upper else 3],
+            )
 
     def put(self, entry: Entry) -> None:
         """Write a row. Within a transaction."""
@@ -207,11 +250,14 @@ class WritableCatalogue(Catalogue):
             entry.size,
             entry.inode,
             entry.mtime_ns,
+            head.expire_time_us,
         )
         texts = (head.key, entry.file, head.damage)
         blobs = (head.metadata, entry.blocks.pack())
         crc = _crc(*numbers, *(text.encode() for text in texts), *blobs)
-        self._db.execute(_UPSERT, (*numbers, *texts, *blobs, crc))
+        ends_us = self.retention.ends_us(head.key, head.expire_time_us, head.update_time_us)
+        ends_us = 0 if entry.bad_line else ends_us  # a damaged session does not expire
+        self._db.execute(_UPSERT, (*numbers, *texts, *blobs, crc, ends_us))
 
     def remove(self, key: str) -> None:
         """Remove a session's row. Within a transaction."""
@@ -246,7 +292,7 @@ def _known_file(row: _Row) -> KnownFile:
     """What a row says of its file; of one that is not whole, nothing."""
     if not _is_whole(row):
         return KnownFile(row[0], "", "", 0, 0, 0, 0, whole=False)
-    return KnownFile(row[0], row[15].decode(), row[16].decode(), row[2], row[12], row[13], row[14])
+    return KnownFile(row[0], row[16].decode(), row[17].decode(), row[2], row[12], row[13], row[14])
 
 
 def _head_of(row: _Row) -> Head:
@@ -266,6 +312,7 @@ def _head_of(row: _Row) -> Head:
         _,
         _,
         _,
+        expires,
         key,
         _,
         damage,
@@ -282,6 +329,7 @@ def _head_of(row: _Row) -> Head:
         created,
         updated,
         damage.decode(),
+        expires,
     )
 
 
@@ -289,9 +337,9 @@ def _entry_of(row: _Row) -> Entry:
     generation, bad_line, superseded_bytes, length, size, inode, mtime_ns = row[2], *row[9:15]
     return Entry(
         _head_of(row),
-        row[16].decode(),
+        row[17].decode(),
         generation,
-        Blocks(length, row[19]),
+        Blocks(length, row[20]),
         size,
         inode,
         mtime_ns,

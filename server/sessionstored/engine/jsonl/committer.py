@@ -330,6 +330,8 @@ class Committer:
         if draft.head is state.head and not draft.fresh:
             return
         was = state.head is not None
+        if draft.fresh or draft.keep < state.count:
+            vault.to_erase(vault.row_id)
         if draft.fresh and was:
             vault.drop(state, draft.deleted)
         vault.session_count += (draft.head is not None) - was

@@ -31,7 +31,10 @@ def adopt_again(vault: "Vault", entry: Entry) -> Entry:
     """Adopt a clean file that somebody else changed. For the committer's thread."""
     for _ in range(_ATTEMPTS):
         try:
-            adopted, notes = adopt(vault.files, entry.file, vault.next_revision(), entry.head.key)
+            head = entry.head
+            adopted, notes = adopt(
+                vault.files, entry.file, vault.next_revision(), head.key, head.expire_time_us
+            )
         except FileNotFoundError:
             return entry  # gone meanwhile: whoever loads it says so
         except Unadoptable as unreadable:

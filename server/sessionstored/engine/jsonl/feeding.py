@@ -25,7 +25,8 @@ from sessionstored.engine.jsonl.records import (
 from sessionstored.engine.jsonl.tables import is_whole
 
 _ROWS_PER_STEP = 2000
-"""So many rows go in one transaction, so that it holds up no commit for long."""
+_BYTES_PER_STEP = 1 << 20
+"""So many rows and bytes go in one transaction: they are overwritten, and commits wait meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ def prune(db: apsw.Connection, through: int, before_s: float, excess: int) -> tu
         "SELECT id, clock_s, length(body) FROM journal WHERE id <= ? ORDER BY id LIMIT ?",
         (through, _ROWS_PER_STEP),
     ):
-        if float(str(clock_s)) >= before_s and freed >= excess:
+        if (float(str(clock_s)) >= before_s and freed >= excess) or freed >= _BYTES_PER_STEP:
             break
         floor, freed = _int(row_id), freed + _int(body_bytes)
     if not floor:

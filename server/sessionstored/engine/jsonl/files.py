@@ -102,6 +102,7 @@ class SessionFiles:
             file.superseded_bytes += superseded
             file.count = state.filed = state.count
             file.metadata, file.last_consolidated, file.exists = head.metadata, head.last_consolidated, True
+            file.expire_time_us = head.expire_time_us
         return True
 
     def check(self, state: State) -> None:
@@ -280,6 +281,7 @@ class SessionFiles:
             inode=stat.st_ino,
             mtime_ns=stat.st_mtime_ns,
             durable=blocks.mark,
+            expire_time_us=head.expire_time_us,
         )
 
     def install_generation(self, name: str, generation: int) -> None:

@@ -37,7 +37,7 @@ def prepare(vault: Vault, committer: Committer, fork: Fork) -> PreparedFork | No
 def _attempt(vault: Vault, committer: Committer, fork: Fork) -> PreparedFork | None:
     state = vault.load(fork.source_key)
     with vault.lock:
-        if state is None or state.head is None or state.refusal is not None:
+        if state is None or state.head is None or state.refusal is not None or vault.expired(state.head):
             return None
         head, region, base, filed = state.head, vault.region(state), state.base, state.filed
         tail = state.lines[filed - base :]
@@ -54,6 +54,7 @@ def _attempt(vault: Vault, committer: Committer, fork: Fork) -> PreparedFork | N
         create_time_us=now_us,
         update_time_us=now_us,
         damage="",
+        expire_time_us=0,
     )
     runs = vault.runs_cold(state, region, 0, min(at, filed))
     rest = tail[: max(0, at - filed)]

@@ -40,6 +40,7 @@ class Group:
     def __init__(self, vault: Vault, now_us: int, clock_s: float) -> None:
         self.vault = vault
         self.now_us, self.clock_s = now_us, clock_s
+        self.trusted_us = vault.trusted.now_us()
         self.row = Row()
         self.drafts: dict[str, Draft] = {}
         self.windows: dict[str, CallWindow] = {}
@@ -80,6 +81,9 @@ class Group:
             )
         except Refused as damaged:  # nobody knows whether this call was answered before
             return Reply(damaged.refusal)
+        if settled.expired:
+            vault.revision += 1
+            self._record_deletion(self._draft(request.mutation.key), expired=True)
         if settled.change is not None:
             vault.revision += 1
             self._record(request, settled.change)
@@ -119,6 +123,15 @@ class Group:
             at = draft.keep if mutation.at is None else min(mutation.at, draft.keep)
             self._kept = self._lines(draft, self._fork.entry.head.message_count, at)
         return draft.head
+
+    def expired(self, head: Head) -> bool:
+        """Whether a session has expired. A damaged one does not: it is to be repaired or deleted."""
+        draft = self._draft(head.key)
+        served = draft.fresh or draft.state.refusal is None
+        lease = self.leases.get(head.key)  # acquired in this group
+        if not served or (lease is not None and lease.in_force(self.clock_s)):
+            return False
+        return self.vault.expired(head, self.trusted_us)
 
     def last_message(self, key: str) -> bytes:
         """The last message as this group leaves it."""
@@ -192,9 +205,9 @@ class Group:
         if change.head is None:
             self._record_deletion(draft)
             return
-        extra: dict[str, str] = {}
+        extra: dict[str, str | int] = {}
         head = change.head
-        before = draft.head
+        before, source_key = draft.head, ""
         if len(head.metadata) <= METADATA_ALWAYS_BYTES_MAX:
             extra["metadata"] = head.metadata.decode()
         if head.damage:
@@ -202,30 +215,31 @@ class Group:
         if before is None:
             extra["metadata"] = head.metadata.decode()
             if isinstance(request.mutation, Fork):
-                extra["source"] = request.mutation.source_key
+                extra["source"] = source_key = request.mutation.source_key
                 change = self._record_fork(request.mutation, change)
                 draft.forked, draft.keep = self.entries[-1], change.start
             else:
-                extra["file"] = draft.file = draft.file or self.vault.file_for(draft.state)
+                draft.file = draft.file or self.vault.file_for(draft.state)
+                extra["file"] = draft.file
                 draft.keep = 0
         elif head.metadata != before.metadata:
             extra["metadata"] = head.metadata.decode()
         previous = before.revision if before else 0
         suffix = self._kept if change.start + change.delete_count < draft.keep else ()
         self.row.change(head, previous, change.start, change.delete_count, list(change.messages), extra)
-        self.events.append(changed(head, previous, change, extra.get("source", "")))
+        self.events.append(changed(head, previous, change, source_key))
         draft.change(change, suffix)
 
-    def _record_deletion(self, draft: Draft) -> None:
+    def _record_deletion(self, draft: Draft, *, expired: bool = False) -> None:
         """A tombstone for the session, and one for each file that goes with it."""
         state, revision = draft.state, self.vault.revision
         previous = draft.head.revision if draft.head else 0
         marks = (state.file.blocks.mark, state.file.durable)
         for name in self.vault.files_of(state) if not draft.fresh else ():
             aside = state.refusal is not None
-            self.row.delete(DeleteRecord(state.key, revision, name, marks, aside, previous))
-        self.row.delete(DeleteRecord(state.key, revision, previous_revision=previous))
-        self.events.append(Event(state.key, revision, previous, Deleted()))
+            self.row.delete(DeleteRecord(state.key, revision, name, marks, aside, previous, expired))
+        self.row.delete(DeleteRecord(state.key, revision, previous_revision=previous, expired=expired))
+        self.events.append(Event(state.key, revision, previous, Deleted(expired)))
         draft.delete(revision)
 
     def fork_is_fresh(self, request: Request, prepared: PreparedFork | None) -> bool:
@@ -237,7 +251,9 @@ class Group:
             source, target = self._draft(fork.source_key), self._draft(fork.key)
         except Refused:
             return True
-        if source.head is None or source.state.refusal or target.head is not None or target.state.refusal:
+        if source.head is None or source.state.refusal or target.state.refusal or self.expired(source.head):
+            return True
+        if target.head is not None and not self.expired(target.head):
             return True
         at = source.head.message_count if fork.at is None else fork.at
         if not 0 <= at <= source.head.message_count:

@@ -215,11 +215,15 @@ def _contradiction(entry: Entry, found: Examined) -> str:
     head = entry.head
     if found.lost or found.scan.message_count != head.message_count:
         return f"it holds {found.scan.message_count} messages, and the catalogue says {head.message_count}"
-    said, _ = adopted_head(found.scan, head.key, head.revision, 0, "")
+    said, _ = adopted_head(found.scan, head.key, head.revision, 0, "", head.expire_time_us)
     own = found.scan.header.get("key") if found.scan.header else head.key
     if isinstance(own, str) and own != head.key:
         return f"its header says that it belongs to session {own!r}"
-    if (said.metadata, said.last_consolidated) != (head.metadata, head.last_consolidated):
+    if (said.metadata, said.last_consolidated, said.expire_time_us) != (
+        head.metadata,
+        head.last_consolidated,
+        head.expire_time_us,
+    ):
         return "its last header does not say what the catalogue says"
     return ""
 

@@ -11,6 +11,7 @@ gives another for reads.
 Knows rows and SQL; nothing of files, threads or decisions. `pages` keeps what is read here what was written.
 """
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from sessionstored.engine.jsonl.records import checksum
 from sessionstored.engine.jsonl.snapshot import Snapshot
 from sessionstored.engine.jsonl.tables import WrongRow, is_whole, one_value, row_crc
 from sessionstored.leases import Lease
+from sessionstored.retention import Retention
 from sessionstored.windows import CallWindow
 
 APPLICATION_ID = 0x53455353  # "SESS"
@@ -42,6 +44,7 @@ CREATE TABLE journal(id INTEGER PRIMARY KEY, last_revision INTEGER NOT NULL, clo
 _INDEX_BYTES = 32 << 10
 _INDEXED_BYTES = 4096 * 4096
 _INDEXED_AHEAD = 4
+_BUSY_MS = 5000
 
 
 class FormatError(Exception):
@@ -86,6 +89,7 @@ class Journal:
         # Kept open: a file that is closed loses every lock that its process has on it, SQLite's own too.
         self._index = os.open(f"{path}-shm", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._db.execute(f"PRAGMA synchronous={'FULL' if durability == 'fsync' else 'NORMAL'}")
+        self._db.pragma("secure_delete", "on")  # what is deleted is overwritten with zeros
         version = self._db.pragma("user_version")
         if version == 0:
             with self.transaction():
@@ -104,7 +108,7 @@ class Journal:
     def _connect(self) -> apsw.Connection:
         db = apsw.Connection(str(self._path), vfs=self._vfs)
         pages.reserve(db)
-        db.set_busy_timeout(5000)
+        db.set_busy_timeout(_BUSY_MS)
         db.pragma("journal_mode", "wal")
         db.pragma("wal_autocheckpoint", 0)
         db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
@@ -224,11 +228,8 @@ class Journal:
         revision: int,
         gone: dict[str, int],
         meta: dict[str, object],
-        touched: Iterable[str],
-        request_ids_max: int,
-        forget_before_s: float,
     ) -> tuple[int, int, list[str]]:
-        """Pass rows, and drop catalogue rows of sessions whose deletion is passed, and windows over limits.
+        """Pass rows, and drop catalogue rows of sessions whose deletion is passed.
 
         Recovery begins behind the rows that are passed. They stay for watchers: see `feeding`.
 
@@ -240,9 +241,6 @@ class Journal:
                 recovery needs the deletion's row: with one of them alone, replay would revive it, or miss its
                 beginning.
             meta: the store's own values.
-            touched: the sessions whose request_ids may be too many; none while rows stay that name them.
-            request_ids_max: how many of them stay.
-            forget_before_s: windows with no contact since then go.
 
         Returns:
             The last row that is passed now, how many bytes of rows are passed anew, and which sessions'
@@ -256,7 +254,6 @@ class Journal:
                 self.catalogue.remove(key)
             for name, value in {**meta, "checkpoint_row": through}.items():
                 self._put_meta(name, value)
-            self.answers.forget(touched, request_ids_max, forget_before_s)
         return through, size, buried
 
     def feed_bytes(self, through: int) -> int:
@@ -270,6 +267,33 @@ class Journal:
             if pruned is not None:
                 self._put_meta("feed_floor", pruned[0])
             return pruned
+
+    def trim_windows(self, touched: Iterable[str], request_ids_max: int, forget_before_s: float) -> bool:
+        """Drop windows over their limits. Returns whether any was too old.
+
+        Args:
+            touched: the sessions whose request_ids may be too many; none while rows stay that name them.
+            request_ids_max: how many of them stay.
+            forget_before_s: windows with no contact since then go.
+
+        """
+        with self.transaction():
+            return self.answers.forget(touched, request_ids_max, forget_before_s)
+
+    def set_retention(self, retention: Retention) -> None:
+        """Have the catalogue say when sessions end by these rules; all of it anew if they changed."""
+        told = json.dumps(retention.rules)
+        if self.meta().get("retention", "[]") == told:
+            self.catalogue.retention = retention
+            return
+        with self.transaction():
+            self.catalogue.set_retention(retention)
+            self._put_meta("retention", told)
+
+    def first_row(self) -> int | None:
+        """The id of the oldest row; None if there are no rows."""
+        found = self._db.execute("SELECT id FROM journal ORDER BY id LIMIT 1").fetchone()
+        return None if found is None else int(str(found[0]))
 
     def meta(self) -> dict[str, object]:
         """The store's own values: store_id, revision, clock_s, checkpoint_row, feed_floor, feed_id.
@@ -329,15 +353,19 @@ class Journal:
         """The write-ahead log's file."""
         return log_of(self._path)
 
-    def wal_checkpoint(self) -> bool:
+    def wal_checkpoint(self, *, wait: bool = True) -> bool:
         """Move the write-ahead log into the database, flush that, empty the log. Raises if any step fails.
 
-        Returns False if another process reads the database and did not let go of it within five seconds.
+        Returns False if somebody else reads the database and did not let go of it within five seconds, or
+        reads it now if `wait` is not set.
         """
         try:
+            self._db.set_busy_timeout(_BUSY_MS if wait else 0)
             self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
         except apsw.BusyError:
             return False
+        finally:
+            self._db.set_busy_timeout(_BUSY_MS)
         return True
 
     def close(self) -> None:
@@ -354,6 +382,16 @@ class Reader(Catalogue):
     def feed_rows(self, after: int, through: int, bytes_max: int) -> "feeding.Kept | None":
         """Rows for watchers; see `feeding.rows`."""
         return feeding.rows(self._db, after, through, bytes_max)
+
+    def old_windows(self, before_s: float) -> bool:
+        """Whether there are windows without a contact since then."""
+        return bool(
+            self._db.execute(
+                "SELECT 1 WHERE EXISTS (SELECT 1 FROM request WHERE at_s < ?1) "
+                "OR EXISTS (SELECT 1 FROM client WHERE last_contact_s < ?1)",
+                (before_s,),
+            ).fetchone()
+        )
 
     def wal_checkpoint_passive(self) -> None:
         """Move into the database what can be moved without waiting for anybody."""

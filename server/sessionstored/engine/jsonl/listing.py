@@ -9,6 +9,7 @@ from heapq import merge
 
 from sessionstored.engine import Order, Page, Query
 from sessionstored.engine.jsonl.journal import Reader
+from sessionstored.engine.jsonl.state import State
 from sessionstored.engine.jsonl.vault import Vault
 from sessionstored.rules import Head
 
@@ -18,17 +19,24 @@ _Position = tuple[int, bytes]
 def page(vault: Vault, query: Query) -> Page:
     """One page of heads, in the order asked for."""
     with vault.lock:
-        changed = {key: state.head for key, state in vault.dirty.items()}
+        changed = {key: _shown(vault, state) for key, state in vault.dirty.items()}
     overlay = [head for head in changed.values() if head is not None and _selected(head, query)]
     overlay.sort(key=lambda head: position(head, query), reverse=_down(query))
 
     def merged(reader: Reader) -> list[Head]:
-        stored: Iterator[Head] = (head for head in reader.heads(query) if head.key not in changed)
+        heads = reader.heads(query, vault.expired)
+        stored: Iterator[Head] = (head for head in heads if head.key not in changed)
         both = merge(stored, overlay, key=lambda head: position(head, query), reverse=_down(query))
         return [head for _, head in zip(range(query.page_size + 1), both, strict=False)]
 
     heads = vault.reading(merged)
     return Page(heads[: query.page_size], len(heads) > query.page_size)
+
+
+def _shown(vault: Vault, state: State) -> Head | None:
+    """A head, unless it has expired; damaged sessions do not."""
+    head = state.head
+    return None if head is not None and state.refusal is None and vault.expired(head) else head
 
 
 def position(head: Head, query: Query) -> _Position:

@@ -9,6 +9,7 @@ What touches states or the writing connection runs as a task of the committer; f
 here.
 """
 
+import json
 import logging
 import threading
 import time
@@ -24,6 +25,8 @@ from sessionstored.engine.jsonl.answers import StoredRequest
 from sessionstored.engine.jsonl.catalogue import Entry
 from sessionstored.engine.jsonl.committer import Committer, is_disk_full
 from sessionstored.engine.jsonl.damage import condemn
+from sessionstored.engine.jsonl.erasure import erase
+from sessionstored.engine.jsonl.expiring import Expiring
 from sessionstored.engine.jsonl.files import FileChanged, Region
 from sessionstored.engine.jsonl.state import File, State
 from sessionstored.engine.jsonl.vault import Vault
@@ -39,6 +42,7 @@ _ROWS_PER_TRANSACTION = 200
 _ANSWERS_PER_TRANSACTION = 2000
 _WAL_BYTES_MAX = 64 << 20
 _SWEEP_ROWS = 1000
+_STEPS_PER_LOG = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,7 @@ class Maintenance:
         self._feed_limits = feed_limits
         self._sweep_rows = max(1, int(sweep_rows_per_s * interval_s))
         self._swept = 0
+        self._expiring = Expiring(vault, committer)
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="maintenance", daemon=True)
@@ -130,6 +135,7 @@ class Maintenance:
             return False
 
     def _mark_clean(self) -> bool:
+        self._vault.journal.put_meta(expiry_clock=json.dumps(self._vault.trusted.stored()))
         self._vault.journal.wal_checkpoint()
         self._vault.write_store(replace(self._vault.store, clean=True))
         return True
@@ -145,8 +151,9 @@ class Maintenance:
     def guarded_round(self) -> None:
         """One round and one step of the sweep; a full disk puts them off, any other failure is fatal."""
         try:
+            if self._expiring.sweep():
+                self.nudge()  # there are more
             self.round()
-            self._prune_feed()
             self._sweep()
         except apsw.FullError:
             log.warning("the disk is full: the checkpoint is tried again later")
@@ -170,7 +177,10 @@ class Maintenance:
         self._do(self._catch_up)
         for state in self._do(self._wanting_rewrite):
             self.rewrite(state)
-        return self.checkpoint()
+        complete = self.checkpoint()
+        self._prune_feed()
+        erase(self._vault, self._committer)
+        return complete
 
     def _catch_up(self) -> None:
         """Append what files lack since the disk was full. On the committer's thread."""
@@ -361,9 +371,9 @@ class Maintenance:
         return safe
 
     def _finish(self, captured: _Checkpoint, safe: bool) -> None:
-        """Drop the rows, if no session needs them. On the committer's thread."""
+        """Pass the rows that no session needs. On the committer's thread."""
         vault = self._vault
-        all_go = safe and captured.needed_from is None
+        all_pass = safe and captured.needed_from is None
         gone = {state.key: state for state in captured.gone if state.head is None}
         vault.journal.put_windows({}, captured.requests)
         now = vault.clock_s()
@@ -372,11 +382,19 @@ class Maintenance:
             captured.row_id if safe else 0,
             captured.revision if captured.needed_from is None else captured.needed_from,
             {key: state.deleted for key, state in gone.items()},
-            {"revision": captured.revision, "clock_s": now},
-            {key for key, _ in captured.requests} if all_go else (),
+            {
+                "revision": captured.revision,
+                "clock_s": now,
+                "expiry_clock": json.dumps(vault.trusted.stored()),
+            },
+        )
+        forgotten = vault.journal.trim_windows(
+            {key for key, _ in captured.requests} if all_pass else (),
             vault.limits.window_request_ids_max,
             now - vault.limits.window_age_max_s - FORGET_SLACK_S,
         )
+        if forgotten:
+            vault.to_erase(0)
         vault.backlog_bytes -= passed_bytes
         vault.feed_bytes += passed_bytes
         self._drop_lapsed_leases(now)
@@ -422,8 +440,11 @@ class Maintenance:
             vault.feed_bytes -= pruned[1] if pruned else 0
             return pruned is not None
 
+        steps = 0
         while self._do(step) and not self._stop.is_set():
-            pass
+            steps += 1
+            if steps % _STEPS_PER_LOG == 0:  # else the log would take as much room as the rows
+                vault.reading(lambda reader: reader.wal_checkpoint_passive())
 
     # Sweeping.
 

@@ -1,5 +1,6 @@
 """Opening a data directory: STORE and journal together say whether anything is lost; then recovery."""
 
+import json
 import logging
 import os
 import resource
@@ -170,12 +171,23 @@ def _recovered(
         journal.put_meta(store_id=store.store_id, **({"revision": vault.revision} if rebuilt else {}))
         _empty_log(directory, journal)
         vault.write_store(replace(store, clean=False, durability=durability))
+        journal.set_retention(limits.retention)
         Recovery(vault, accept_loss).run(changes_lost=rebuilt or bool(log_ends_wrong) or unflushed)
+        _go_on_with_clock(vault)
         vault.write_store(with_ceiling(vault.store, vault.revision))
     except BaseException:
         vault.close()
         raise
     return vault
+
+
+def _go_on_with_clock(vault: Vault) -> None:
+    """Let sessions expire by a clock that goes on from where it was, or else from the last change."""
+    stored = vault.journal.meta().get("expiry_clock")
+    if stored is not None:
+        vault.trusted.resume(json.loads(str(stored)))
+    elif newest_us := vault.journal.catalogue.newest_update_us():
+        vault.trusted.begin_at(newest_us)
 
 
 def _empty_log(directory: Directory, journal: Journal) -> None:

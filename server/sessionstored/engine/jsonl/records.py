@@ -18,7 +18,8 @@ A lease is [key, holder, token, appends_allowed, ttl_s, acquire_time_us, acquire
 
 `marks` are pairs [length, digest]; `extra` is an object: "metadata" (JSON text) if it differs from before, or
 is so short that watchers get it from here, too; "file" (its name) if the session is new; "source" (a key) if
-it is a fork, whose file has messages that the record lacks; "damage" if there is some. The row carries a
+it is a fork, whose file has messages that the record lacks; "damage" if there is some;
+"expires" (its expire_time in microseconds) if it has one. The row carries a
 CRC-32 over all of it.
 
 Recovery needs "s" and "d"; an "a" is for watchers only, because the catalogue has what it tells of.
@@ -132,10 +133,12 @@ class Row:
         start: int,
         delete_count: int,
         lines: list[bytes],
-        extra: dict[str, str],
+        extra: dict[str, str | int],
     ) -> None:
         """Add a change of a session."""
         payload = b"".join([line + b"\n" for line in lines])
+        if head.expire_time_us:
+            extra = {**extra, "expires": head.expire_time_us}
         self.add(
             [
                 "s",
@@ -263,6 +266,7 @@ def read_row(body: bytes) -> Iterator[Record]:
                     created,
                     updated,
                     extra.get("damage", ""),
+                    extra.get("expires", 0),
                 )
                 yield SessionRecord(
                     head, start, deleted, lines, extra.get("file", ""), previous, extra.get("source", "")
@@ -332,6 +336,7 @@ def outcome_to_json(outcome: AnyOutcome) -> list[object]:
         outcome.update_time_us,
         outcome.first_index,
         message,
+        outcome.ends_us,
     ]
 
 
@@ -352,6 +357,7 @@ def outcome_from_json(fields: list[object]) -> AnyOutcome:
             int() as updated,
             int() as first,
             str() | None as message,
+            int() as ends_us,
         ]:
             return Answer(
                 revision,
@@ -361,5 +367,6 @@ def outcome_from_json(fields: list[object]) -> AnyOutcome:
                 updated,
                 first,
                 None if message is None else message.encode(),
+                ends_us,
             )
     raise DamagedRow(f"not an outcome: {fields!r}")

@@ -242,7 +242,9 @@ class _Mending:
         """The row of a file that somebody changed while changes waited for it, as that file is now."""
         vault, before = self._vault, entry.head
         try:
-            found, _ = adopt(vault.files, entry.file, vault.next_revision(), before.key)
+            found, _ = adopt(
+                vault.files, entry.file, vault.next_revision(), before.key, before.expire_time_us
+            )
         except (Unadoptable, FileChanged, FileNotFoundError) as error:
             raise _LeftAlone(str(error) or "somebody changes the file just now") from error
         found.generation = entry.generation

@@ -48,6 +48,8 @@ class File:
     mtime_ns: int = 0
     durable: Mark = (0, 0)
     """What of it the last flush made durable."""
+    expire_time_us: int = 0
+    """What its last header says, too."""
     torn_write: bool = False
     """Our own last append was cut short: bytes beyond blocks.length are ours, and part of the journal."""
 
@@ -104,6 +106,7 @@ class State:
         return self.head is not None and (
             self.head.metadata != self.file.metadata
             or self.head.last_consolidated != self.file.last_consolidated
+            or self.head.expire_time_us != self.file.expire_time_us
         )
 
     @property
@@ -182,6 +185,7 @@ def state_of_entry(entry: Entry) -> State:
         inode=entry.inode,
         mtime_ns=entry.mtime_ns,
         durable=entry.blocks.mark,
+        expire_time_us=head.expire_time_us,
     )
     state = State(
         head.key,

@@ -1,9 +1,9 @@
 """The text of a session file: header lines and message lines, read and written. Pure: bytes in, values out.
 
 The format is the seed's own: one JSON object per line; a line with `_type` "metadata" is a header: key,
-times, metadata and last_consolidated; every other line is a message. A header may stand anywhere, and the
-last one wins. Blank lines, CR LF line ends and a byte order mark are accepted. Times carry their offset;
-naive ones are local.
+times, metadata and last_consolidated, and `expires_at` if the session has an expire_time; every other line is
+a message. A header may stand anywhere, and the last one wins. Blank lines, CR LF line ends and a byte order
+mark are accepted. Times carry their offset; naive ones are local.
 """
 
 import json
@@ -14,6 +14,7 @@ from enum import Enum
 from io import BytesIO
 
 from sessionstored.engine.jsonl.blocks import Blocks
+from sessionstored.retention import NEVER_US
 from sessionstored.rules import EMPTY_METADATA, Head, split_members
 
 BOM = b"\xef\xbb\xbf"
@@ -40,12 +41,14 @@ class Scan:
 
 def header_line(head: Head) -> bytes:
     """The header of a session, with its line end."""
-    fields = {
+    fields: dict[str, str | None] = {
         "_type": "metadata",
         "key": head.key,
         "created_at": _iso(head.create_time_us),
         "updated_at": _iso(head.update_time_us),
     }
+    if head.expire_time_us:
+        fields["expires_at"] = None if head.expire_time_us == NEVER_US else _iso(head.expire_time_us)
     text = json.dumps(fields, ensure_ascii=False).encode()
     return text[:-1] + b', "metadata": %b, "last_consolidated": %d}\n' % (
         head.metadata,
@@ -147,9 +150,13 @@ def scan(data: bytes) -> Scan:
 
 
 def adopted_head(
-    scan: Scan, key: str, revision: int, mtime_us: int, damage: str
+    scan: Scan, key: str, revision: int, mtime_us: int, damage: str, expire_time_us: int = 0
 ) -> tuple[Head, Sequence[str]]:
-    """The head that a scanned file gives, and what in its header had to fall back (for the log)."""
+    """The head that a scanned file gives, and what in its header had to fall back (for the log).
+
+    `expire_time_us` is the one that the session had: a header that says nothing of it keeps it, because who
+    wrote it perhaps did not know of it. null means never.
+    """
     header = scan.header or {}
     notes: list[str] = []
     text = EMPTY_METADATA
@@ -166,9 +173,16 @@ def adopted_head(
     if scan.header is not None and (created is None or updated is None):
         notes.append("a time in the header cannot be read: the file's own is taken")
     updated = mtime_us if updated is None else updated
+    expires = _time_us(header.get("expires_at"))
+    if "expires_at" in header and header["expires_at"] is None:
+        expires = NEVER_US
+    elif expires is None or expires <= 0:
+        if "expires_at" in header or expire_time_us:
+            notes.append("its header does not say when it expires: as before")
+        expires = expire_time_us
     created = min(mtime_us if created is None else created, updated)
     return Head(
-        key, revision, revision, scan.message_count, consolidated, text, created, updated, damage
+        key, revision, revision, scan.message_count, consolidated, text, created, updated, damage, expires
     ), notes
 
 

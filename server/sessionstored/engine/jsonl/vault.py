@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import TypeVar
 
 from sessionstored.engine import Refused
@@ -29,7 +30,8 @@ from sessionstored.engine.jsonl.state import File, State, data_loss, reading_jou
 from sessionstored.engine.jsonl.store import Directory, StoreFile, with_ceiling
 from sessionstored.engine.leasing import LeaseBook
 from sessionstored.leases import Lease
-from sessionstored.rules import Limits, Refusal
+from sessionstored.rules import Head, Limits, Refusal, ends
+from sessionstored.trusted import TrustedClock
 
 T = TypeVar("T")
 
@@ -83,6 +85,20 @@ class Vault:
         self.windows = Windows(journal, limits, self.clock_s, hot_sessions_max)
         self.leases = LeaseBook()
         self._clock_base_s = -time.clock_gettime(time.CLOCK_BOOTTIME)
+        self.trusted = TrustedClock(
+            lambda: time.time_ns() // 1000,
+            lambda: int(time.clock_gettime(time.CLOCK_BOOTTIME) * 1e6),
+            jump_us_max=int(limits.expiry_jump_max_s * 1e6),
+            confirm_us=int(limits.expiry_confirm_s * 1e6),
+            boot_id=_boot_id(),
+        )
+        """What sessions expire by."""
+        self.lease_in_force: Callable[[str], bool] = (
+            lambda key: self.leases.in_force(key, self.clock_s()) is not None
+        )
+        """Whether a lease makes the end of a session wait. Quick; called on any thread."""
+        self.erasing: int | None = None
+        """The last row whose like holds what is to be erased; None if nothing is. See `erasure`."""
         self._reader: Reader = journal.reader()
         self._reader_lock = threading.Lock()
 
@@ -95,6 +111,17 @@ class Vault:
     def set_clock(self, clock_s: float) -> None:
         """Go on from a clock that was stored."""
         self._clock_base_s = clock_s - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def expired(self, head: Head, trusted_us: int | None = None) -> bool:
+        """Whether a session that is not damaged has expired, and no lease makes that wait."""
+        ends_us = ends(head, self.limits)
+        if not ends_us or ends_us > (self.trusted.now_us() if trusted_us is None else trusted_us):
+            return False
+        return head.key not in self.claims and not self.lease_in_force(head.key)
+
+    def to_erase(self, row_id: int) -> None:
+        """Messages were removed that rows up to this one may hold. For the committer's thread."""
+        self.erasing = max(row_id, self.erasing or 0)
 
     def free_bytes(self) -> int:
         """Free bytes on the data directory's disk."""
@@ -469,3 +496,11 @@ class Vault:
         self.files.close()
         self._reader.close()
         self.journal.close()
+
+
+def _boot_id() -> str:
+    """Which boot of which machine this is; "" if the system does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    except OSError:
+        return ""
