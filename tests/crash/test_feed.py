@@ -1,6 +1,8 @@
 """The feed in the journal: what stays of it, what goes; cursors after a crash, an edit or a loss."""
 
 import asyncio
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -236,3 +238,21 @@ async def test_a_damaged_row_of_the_feed_expires_cursors_before_it(tmp_path: Pat
         assert await reason(engine, first) == "CURSOR_EXPIRED"
         assert await reason(engine, second) == ""
         await quiet(engine)
+
+
+async def test_a_full_disk_puts_maintenance_off_and_ends_nothing(tmp_path: Path, monkeypatch) -> None:
+    """The index of the journal's log had no room: that was taken for a failure of storage."""
+    async with opened(tmp_path, **limited(age_s_max=0.0)) as engine:
+        first = engine.cursor()
+        await done(engine, Append("k", [A]))
+        with monkeypatch.context() as full:
+            full.setattr(engine._vault.journal, "_extend_index", _no_room)
+            await asyncio.get_running_loop().run_in_executor(None, engine._maintenance.guarded_round)
+        assert engine._vault.backlog_bytes
+        assert not engine._committer.failure
+        await pruned(engine)
+        assert await reason(engine, first) == "CURSOR_EXPIRED"
+
+
+def _no_room() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-import apsw
-
 from sessionstored.engine import Refused
 from sessionstored.engine.feed import DEFAULT_FEED_LIMITS, FeedLimits
 from sessionstored.engine.jsonl.answers import StoredRequest
@@ -155,9 +153,10 @@ class Maintenance:
                 self.nudge()  # there are more
             self.round()
             self._sweep()
-        except apsw.FullError:
-            log.warning("the disk is full: the checkpoint is tried again later")
         except Exception as error:
+            if is_disk_full(error):
+                log.warning("the disk is full: the checkpoint is tried again later")
+                return
             log.exception("maintenance failed")
             self._committer.fail(f"{type(error).__name__}: {error}")
 
