@@ -39,6 +39,7 @@ async def watch(
     """
     first = await anext(requests)
     watching, idle_s = _begin(engine, first, bounds)
+    watching.taken()
     listening = asyncio.ensure_future(_listen(watching, requests, bounds))
     try:
         cursor = watching.cursor
@@ -85,6 +86,7 @@ async def _listen(watching: Watch, requests: AsyncIterator[v1.WatchRequest], bou
             _check_count(watching.count_with(added, request.removed_keys), bounds)
             watching.remove(request.removed_keys)
             watching.add(added, request.cursor)
+            watching.taken()
     except Refused as refused:
         watching.end(refused.refusal)
 
@@ -123,7 +125,7 @@ def responses(batch: Batch, before: bytes, limits: Limits) -> Iterator[v1.WatchR
                 response, size = v1.WatchResponse(cursor=before), 0
             response.events.append(message)
             size += message_bytes
-    response.cursor = batch.cursor
+    response.cursor, response.in_step = batch.cursor, batch.in_step
     yield response
 
 

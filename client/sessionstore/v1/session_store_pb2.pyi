@@ -1105,7 +1105,9 @@ global___ReadMessagesResponse = ReadMessagesResponse
 
 @typing.final
 class WatchRequest(google.protobuf.message.Message):
-    """WatchRequest says what to watch. The first request of a stream names a prefix or keys; later ones only keys."""
+    """WatchRequest says what to watch. The first request of a stream names a prefix or keys; later ones only keys, or
+    nothing.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -1158,8 +1160,15 @@ class WatchResponse(google.protobuf.message.Message):
 
     EVENTS_FIELD_NUMBER: builtins.int
     CURSOR_FIELD_NUMBER: builtins.int
+    IN_STEP_FIELD_NUMBER: builtins.int
     cursor: builtins.bytes
     """cursor is where a watch of the same sessions goes on after these events."""
+    in_step: builtins.int
+    """in_step, if not 0, is how many requests of this stream were taken when this response was made, and tells that it
+    then held, together with the responses before it, all that had happened to what they name: so a reader knows that
+    it has every change that was acknowledged before it sent the last of these requests. Each request gets such a
+    response, or shares it with later ones. A request that names nothing changes nothing, and asks just for that.
+    """
     @property
     def events(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___WatchEvent]:
         """events are changes, those of one session in their order and without a gap; at most about 1 MiB."""
@@ -1169,8 +1178,9 @@ class WatchResponse(google.protobuf.message.Message):
         *,
         events: collections.abc.Iterable[global___WatchEvent] | None = ...,
         cursor: builtins.bytes = ...,
+        in_step: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["cursor", b"cursor", "events", b"events"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cursor", b"cursor", "events", b"events", "in_step", b"in_step"]) -> None: ...
 
 global___WatchResponse = WatchResponse
 

@@ -194,6 +194,10 @@ class Watch(Protocol):
         """Watch these no longer."""
         ...
 
+    def taken(self) -> None:
+        """One more request of its reader was taken: a batch tells when everything is given, soon."""
+        ...
+
     def count_with(self, added: Collection[str], removed: Collection[str]) -> int:
         """How many keys it would name after a change."""
         ...

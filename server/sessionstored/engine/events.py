@@ -107,3 +107,5 @@ class Batch:
 
     events: Sequence[Event]
     cursor: bytes
+    in_step: int = 0
+    """If not 0: with this batch everything is given, and so many requests had been taken by then."""

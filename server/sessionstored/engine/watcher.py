@@ -67,6 +67,8 @@ class Watcher:
         """Sessions that were to be given whole, and were not there."""
         self._refusal: Refusal | None = None
         self._wake = asyncio.Event()
+        self._taken = self._told = 0
+        """How many requests of its reader were taken, and of how many it was told that it is in step."""
 
     # What it watches.
 
@@ -106,6 +108,11 @@ class Watcher:
             self._pending = deque(kept)
             for _, event, size in dropped:
                 self._let_go(event, size)
+
+    def taken(self) -> None:
+        """One more request of its reader was taken."""
+        self._taken += 1
+        self._wake.set()
 
     def _watches(self, key: str) -> bool:
         return key in self._keys or (self._prefix is not None and key.startswith(self._prefix))
@@ -196,9 +203,13 @@ class Watcher:
                 self._given = self._feed.position
                 self._forget_loaded()
                 self._wake.clear()
-                if await self._idle(idle_s) and not self._pending:
-                    self._given = self._feed.position
-                    yield Batch((), self.cursor)
+                if self._told == self._taken:
+                    idle = await self._idle(idle_s)
+                    if not idle or self._pending or self._behind:
+                        continue
+                self._given = self._feed.position
+                self._told = self._taken
+                yield Batch((), self.cursor, self._told)
 
     def _check(self) -> None:
         if self._refusal is None:
