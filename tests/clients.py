@@ -101,12 +101,45 @@ class _Plain:
             return lambda *args, **kwargs: self._driver.wait(value(*args, **kwargs))
         if name == "list":
             return lambda *args, **kwargs: _iterate(self._driver, value(*args, **kwargs))
+        if name == "watch":
+            return lambda *args, **kwargs: _PlainWatch(self._driver, value(*args, **kwargs))
         if name in ("edit", "turn"):
             return lambda *args, **kwargs: _block(self._driver, value(*args, **kwargs))
         return value
 
     def __repr__(self) -> str:
         return repr(self._inner)
+
+
+class _PlainWatch:
+    """An async watch whose steps are plain calls."""
+
+    def __init__(self, driver: Driver, inner: Any) -> None:
+        self._driver = driver
+        self._inner = inner
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return self._driver.wait(anext(self._inner))
+        except StopAsyncIteration:
+            raise StopIteration from None
+
+    def __enter__(self) -> Any:
+        self._driver.wait(self._inner.__aenter__())
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._driver.wait(self._inner.__aexit__(*error))
+
+    @property
+    def cursor(self) -> bytes:
+        return self._inner.cursor
+
+    def close(self) -> None:
+        self._driver.wait(self._inner.close())
 
 
 def _iterate(driver: Driver, iterator: Any) -> Iterator[Any]:

@@ -17,9 +17,10 @@ Answer = Callable[[Any, grpc.ServicerContext], Any]
 class Scripted:
     """One server on a port of its own.
 
-    `script` holds what the next calls get, in order: a reply message, an `Answer`, or a refusal made by
-    `refuse`. An empty script gives empty replies. GetServerInfo, with which clients probe, gets its empty
-    reply, or what `probe` gives; `probes` counts these calls. `requests` are the others, as they came.
+    `script` holds what the next calls get, in order: a reply message, a list of them for a stream, an
+    `Answer`, or a refusal made by `refuse`. An empty script gives empty replies. GetServerInfo, with which
+    clients probe, gets its empty reply, or what `probe` gives; `probes` counts these calls. `requests` are
+    the others, as they came.
     """
 
     def __init__(self) -> None:
@@ -49,13 +50,20 @@ class Scripted:
             return step(request, context) if callable(step) else step
 
         def stream(request: Any, context: grpc.ServicerContext) -> Any:
-            yield answer(request, context)
+            given = answer(request, context)
+            yield from given if isinstance(given, list) else [given]
 
-        make = (
-            grpc.unary_stream_rpc_method_handler if method.streams else grpc.unary_unary_rpc_method_handler
-        )
+        def exchange(requests: Any, context: grpc.ServicerContext) -> Any:
+            yield from stream(next(requests), context)
+
+        serve: Any = (grpc.unary_unary_rpc_method_handler, answer)
+        if method.streams:
+            serve = (grpc.unary_stream_rpc_method_handler, stream)
+        if method.sends:
+            serve = (grpc.stream_stream_rpc_method_handler, exchange)
+        make, behaviour = serve
         return make(
-            stream if method.streams else answer,
+            behaviour,
             request_deserializer=method.request.FromString,
             response_serializer=method.reply.SerializeToString,
         )

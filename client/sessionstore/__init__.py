@@ -13,6 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sessionstore._awatch import AsyncWatch
+    from sessionstore._events import LeaseChanged, SessionChanged, SessionDeleted, WatchEvent
     from sessionstore._types import (
         KEEP,
         REMOVE,
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
         Unseen,
         Written,
     )
+    from sessionstore._watch import Watch
     from sessionstore.aio import AsyncSessionHandle, AsyncSessionStore, AsyncTurn
     from sessionstore.client import SessionHandle, SessionStore, Turn
     from sessionstore.errors import (
@@ -54,6 +57,7 @@ _TYPES = (
     "KEEP", "REMOVE", "Appended", "ClockDisbelief", "Head", "Lease", "Message", "ScrubStatus", "ServerInfo",
     "ServerLimits", "Unseen", "Written",
 )  # fmt: skip
+_EVENTS = ("LeaseChanged", "SessionChanged", "SessionDeleted", "WatchEvent")
 _ERRORS = (
     "AlreadyExistsError", "CallExpiredError", "ConflictError", "CursorExpiredError", "DataLossError",
     "DeadlineExceededError", "InternalError", "InvalidArgumentError", "LeaseHeldError", "LeaseLostError",
@@ -62,6 +66,7 @@ _ERRORS = (
 )  # fmt: skip
 _HOMES = {
     **dict.fromkeys(_TYPES, "sessionstore._types"),
+    **dict.fromkeys(_EVENTS, "sessionstore._events"),
     **dict.fromkeys(_ERRORS, "sessionstore.errors"),
     "AsyncSessionHandle": "sessionstore.aio",
     "AsyncSessionStore": "sessionstore.aio",
@@ -69,16 +74,18 @@ _HOMES = {
     "SessionHandle": "sessionstore.client",
     "SessionStore": "sessionstore.client",
     "Turn": "sessionstore.client",
+    "AsyncWatch": "sessionstore._awatch",
+    "Watch": "sessionstore._watch",
 }
 
 __all__ = [
     "KEEP", "REMOVE", "AlreadyExistsError", "Appended", "AsyncSessionHandle", "AsyncSessionStore",
-    "AsyncTurn", "CallExpiredError", "ClockDisbelief", "ConflictError", "CursorExpiredError",
+    "AsyncTurn", "AsyncWatch", "CallExpiredError", "ClockDisbelief", "ConflictError", "CursorExpiredError",
     "DataLossError", "DeadlineExceededError", "Head", "InternalError", "InvalidArgumentError", "Lease",
-    "LeaseHeldError", "LeaseLostError", "LimitError", "Message", "NotFoundError", "OutcomeUnknownError",
-    "ScrubStatus", "ServerInfo", "ServerLimits", "SessionHandle", "SessionStore", "SessionStoreError",
-    "StorageFullError", "TooLargeError", "Turn", "UnavailableError", "Unseen", "UnsupportedError",
-    "Written", "__version__",
+    "LeaseChanged", "LeaseHeldError", "LeaseLostError", "LimitError", "Message", "NotFoundError",
+    "OutcomeUnknownError", "ScrubStatus", "ServerInfo", "ServerLimits", "SessionChanged", "SessionDeleted",
+    "SessionHandle", "SessionStore", "SessionStoreError", "StorageFullError", "TooLargeError", "Turn",
+    "UnavailableError", "Unseen", "UnsupportedError", "Watch", "WatchEvent", "Written", "__version__",
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from sessionstore._astreams import AsyncStream
 from sessionstore._calls import BATCH_BYTES_MAX, Attempts, Window, age_clock, too_many_calls
 from sessionstore._driver import (
     DRAIN_S,
@@ -23,10 +24,13 @@ from sessionstore._driver import (
     ChannelGoneError,
     answered,
     callables,
+    nobody,
     pause_s,
 )
 from sessionstore._fork import enable_fork_support
-from sessionstore._operations import INFO, Operation, Rpc, Value
+from sessionstore._mirror import Bounds, Mirror
+from sessionstore._near import AsyncKeeper
+from sessionstore._operations import INFO, WATCH, Operation, Rpc, Value
 from sessionstore._targets import OPTIONS, grpc_target
 from sessionstore.errors import ConflictError, OutcomeUnknownError, SessionStoreError, from_rpc_error
 
@@ -108,6 +112,18 @@ class AsyncConnection:
             empty = grpc.aio.Metadata()
             raise grpc.aio.AioRpcError(grpc.StatusCode.CANCELLED, empty, empty, "channel closed") from None
 
+    def open(self) -> AsyncStream:
+        """A Watch call. Raises ChannelGoneError as `send` does."""
+        calls = self._calls
+        if WATCH.name not in calls:
+            raise ChannelGoneError
+        try:
+            return AsyncStream(calls[WATCH.name]())
+        except grpc.aio.UsageError:
+            if calls is self._calls and not self.closed:
+                raise
+            raise ChannelGoneError from None
+
     async def close(self) -> None:
         """Give up what is under way, and the channel."""
         self.closed = True
@@ -125,7 +141,7 @@ def _task_is_cancelled() -> bool:
 class AsyncDriver:
     """What runs the operations of one async client."""
 
-    def __init__(self, targets: tuple[str, ...], timeout_s: float) -> None:
+    def __init__(self, targets: tuple[str, ...], timeout_s: float, near: Bounds | None = None) -> None:
         self.guard = threading.RLock()  # never waited for: handles take it around plain computation
         self._targets = targets
         self._timeout_s = timeout_s
@@ -136,6 +152,8 @@ class AsyncDriver:
         self._under_way = 0
         self._ended = asyncio.Event()
         self._connection = AsyncConnection(targets)
+        self.mirror = Mirror(near or Bounds(), age_clock, self.guard)
+        self._keeper = AsyncKeeper(self.mirror, self)
 
     def check(self) -> None:
         """Raise RuntimeError if this client is closed, or in a process or a loop that it cannot work in."""
@@ -179,6 +197,28 @@ class AsyncDriver:
             if self._connection.closed and not self._under_way:
                 self._ended.set()
 
+    @property
+    def closed(self) -> bool:
+        """Whether the client was closed."""
+        return self._connection.closed
+
+    @property
+    def timeout_s(self) -> float:
+        """Seconds per call."""
+        return self._timeout_s
+
+    async def open_stream(self, patience_s: float) -> AsyncStream:
+        """A Watch call, as soon as somebody answers. Raises UnavailableError if none does in time."""
+        self.check()
+        connection = self._connection
+        connection.lost()  # a stream that ended, or none yet: ask before the next one
+        if not await connection.ready(patience_s):
+            raise nobody(self._targets)
+        try:
+            return connection.open()
+        except ChannelGoneError:
+            raise nobody(self._targets) from None
+
     async def close(self) -> None:
         """Wait a little for what was begun, then disconnect. Again, or in a forked child: nothing.
 
@@ -194,6 +234,7 @@ class AsyncDriver:
             return
         self._connection.closed = True
         try:
+            await self._keeper.close()
             if self._under_way:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._ended.wait(), DRAIN_S)
@@ -210,6 +251,7 @@ class AsyncDriver:
             self._leave(rpc, error)
             raise
         self._leave(rpc, None)
+        self.mirror.heard(rpc, reply)
         return reply
 
     async def _attempt(self, rpc: Rpc, attempts: Attempts) -> Any:

@@ -23,9 +23,18 @@ from sessionstore._calls import (
     too_many_calls,
 )
 from sessionstore._fork import Forkable, enable_fork_support, inside_grpc, watch
-from sessionstore._operations import INFO, METHODS, Operation, Rpc, Value
+from sessionstore._mirror import Bounds, Mirror
+from sessionstore._near import Keeper
+from sessionstore._operations import INFO, METHODS, WATCH, Method, Operation, Rpc, Value
+from sessionstore._streams import Stream
 from sessionstore._targets import OPTIONS, grpc_target
-from sessionstore.errors import ConflictError, OutcomeUnknownError, SessionStoreError, from_rpc_error
+from sessionstore.errors import (
+    ConflictError,
+    OutcomeUnknownError,
+    SessionStoreError,
+    error_for,
+    from_rpc_error,
+)
 
 DRAIN_S = 5.0
 # How long one probe waits for a connection; a fork waits for it.
@@ -143,6 +152,18 @@ class Connection:
         finally:
             replies.cancel()
 
+    def open(self, requests: Iterator[Any]) -> Stream:
+        """A Watch call. Raises ChannelGoneError if another thread gave the target up."""
+        calls = self._calls
+        if WATCH.name not in calls:
+            raise ChannelGoneError
+        try:
+            return Stream(calls[WATCH.name], requests)
+        except ValueError:
+            if calls is self._calls and not self.closed:
+                raise
+            raise ChannelGoneError from None
+
     def close(self) -> None:
         """Give up what is under way, and the channel."""
         self.closed = True
@@ -153,8 +174,13 @@ class Connection:
 
 def callables(channel: grpc.Channel | grpc.aio.Channel) -> dict[str, Any]:
     """A callable of this channel for each method, by name."""
+    def kind(method: Method[Any, Any]) -> Any:
+        if method.sends:
+            return channel.stream_stream
+        return channel.unary_stream if method.streams else channel.unary_unary
+
     return {
-        method.name: (channel.unary_stream if method.streams else channel.unary_unary)(
+        method.name: kind(method)(
             method.path,
             request_serializer=method.request.SerializeToString,
             response_deserializer=method.reply.FromString,
@@ -175,6 +201,13 @@ def answered(error: grpc.RpcError) -> bool:
     return from_rpc_error(error).reason not in _NOBODY
 
 
+def nobody(targets: tuple[str, ...]) -> SessionStoreError:
+    """The error of a stream for which there is no daemon yet."""
+    target = ", ".join(targets)
+    text = f"no session store answers a watch at {target}"
+    return error_for("NOT_CONNECTED", text, {"target": target})
+
+
 def pause_s(begun_s: float, left_s: float, *, alone: bool) -> float:
     """How long to wait after a round of probes; a single target was waited for already, unless it refused."""
     waited_s = time.monotonic() - begun_s if alone else 0.0
@@ -184,9 +217,10 @@ def pause_s(begun_s: float, left_s: float, *, alone: bool) -> float:
 class Driver(Forkable):
     """What runs the operations of one client in one process."""
 
-    def __init__(self, targets: tuple[str, ...], timeout_s: float) -> None:
+    def __init__(self, targets: tuple[str, ...], timeout_s: float, near: Bounds | None = None) -> None:
         self._targets = targets
         self._timeout_s = timeout_s
+        self._near = near or Bounds()
         self._begin()
         watch(self)
 
@@ -198,10 +232,13 @@ class Driver(Forkable):
         self._under_way = 0
         self._mine = threading.local()
         self._connection = Connection(self._targets)
+        self.mirror = Mirror(self._near, age_clock, self.guard)
+        self._keeper = Keeper(self.mirror, self)
 
     def _after_fork_in_child(self) -> None:
-        """A child has its own connection, identity and locks; the parent's channel is not closed."""
+        """A child has its own connection, identity, locks and near cache; the parent's are left alone."""
         closed = self._connection.closed
+        self._keeper.leave()
         self._begin()
         self._connection.closed = closed
 
@@ -234,6 +271,27 @@ class Driver(Forkable):
             yield from self._connection.stream(rpc)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
+
+    @property
+    def closed(self) -> bool:
+        """Whether the client was closed."""
+        return self._connection.closed
+
+    @property
+    def timeout_s(self) -> float:
+        """Seconds per call."""
+        return self._timeout_s
+
+    def open_stream(self, requests: Iterator[Any], patience_s: float) -> Stream:
+        """A Watch call, as soon as somebody answers. Raises UnavailableError if none does in time."""
+        connection = self._connection
+        connection.lost()  # a stream that ended, or none yet: ask before the next one
+        if not connection.ready(patience_s):
+            raise nobody(self._targets)
+        try:
+            return connection.open(requests)
+        except ChannelGoneError:
+            raise nobody(self._targets) from None
 
     @contextmanager
     def begun(self) -> Iterator[None]:
@@ -269,6 +327,7 @@ class Driver(Forkable):
             if self._connection.closed:
                 return
             self._connection.closed = True
+            self._keeper.stop()
             own = 1 if getattr(self._mine, "begun", False) else 0  # of a caller that this one interrupted
             deadline_s = time.monotonic() + DRAIN_S
             try:
@@ -287,6 +346,7 @@ class Driver(Forkable):
             self._leave(rpc.ticket, error)
             raise
         self._leave(rpc.ticket, None)
+        self.mirror.heard(rpc, reply)
         return reply
 
     def _attempt(self, rpc: Rpc, attempts: Attempts) -> Any:

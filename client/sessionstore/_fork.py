@@ -6,7 +6,8 @@ children hung; with it, and three threads calling meanwhile, 4 of 4; with it and
 
 So, before the first channel, the setting is made (unless the environment says otherwise), and a gate lets
 a fork wait, for five seconds at the most, until calls under way have returned, while no new one enters. A
-call that waits for a retry is not inside. Only sync clients use the gate: an `AsyncSessionStore` is of no
+call that waits for a retry is not inside, and a stream that waits for events is ended before a fork; whoever
+reads it goes on with another one. Only sync clients use the gate: an `AsyncSessionStore` is of no
 use after a fork.
 """
 
@@ -19,6 +20,7 @@ from contextlib import AbstractContextManager, contextmanager
 from weakref import WeakSet
 
 _FORK_WAIT_S = 5.0
+_SETTLE_S = 0.03
 
 
 class _Gate:
@@ -57,8 +59,13 @@ class _Gate:
         deadline_s = time.monotonic() + _FORK_WAIT_S
         with self._lock:
             self._forking = True
+        interrupted = _interrupt_streams()
+        with self._lock:
             while self._inside and (left_s := deadline_s - time.monotonic()) > 0:
                 self._changed.wait(left_s)
+                interrupted += _interrupt_streams()  # one may have been made by a call that was inside
+        if interrupted:
+            time.sleep(_SETTLE_S)  # grpc's own threads tell the daemon, and let go of the calls
 
     def open(self) -> None:
         """Let calls in again."""
@@ -75,7 +82,17 @@ class Forkable(ABC):
         """Begin anew, in the child."""
 
 
+class Interruptible(ABC):
+    """A call without an end, which would keep a fork waiting."""
+
+    @abstractmethod
+    def interrupt(self) -> bool:
+        """End it, right before a fork; whoever reads it makes another. False if it had ended already."""
+
+
 _gate = _Gate()
+_streams: WeakSet[Interruptible] = WeakSet()
+_streams_lock = threading.Lock()
 _clients: WeakSet[Forkable] = WeakSet()
 _clients_lock = threading.Lock()
 
@@ -84,6 +101,19 @@ def watch(client: Forkable) -> None:
     """Tell this client about forks, as long as it lives."""
     with _clients_lock:
         _clients.add(client)
+
+
+def interruptible(stream: Interruptible) -> None:
+    """End this stream before a fork. Called inside the gate, so that none escapes."""
+    with _streams_lock:
+        _streams.add(stream)
+
+
+def _interrupt_streams() -> int:
+    """End all streams; how many there were."""
+    with _streams_lock:
+        streams = list(_streams)
+    return sum(stream.interrupt() for stream in streams)
 
 
 def inside_grpc() -> AbstractContextManager[None]:
@@ -107,9 +137,10 @@ def _after_in_parent() -> None:
 
 
 def _after_in_child() -> None:
-    global _gate, _clients_lock
+    global _gate, _clients_lock, _streams, _streams_lock
     _gate = _Gate()
     _clients_lock = threading.Lock()
+    _streams, _streams_lock = WeakSet(), threading.Lock()
     for client in list(_clients):
         client._after_fork_in_child()
 

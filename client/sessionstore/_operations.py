@@ -58,6 +58,8 @@ class Method(Generic[Request, Reply]):
     reply: type[Reply]
     mutates: bool = True
     streams: bool = False
+    sends: bool = False
+    """Requests are a stream, too."""
 
     @property
     def path(self) -> str:
@@ -77,13 +79,14 @@ UPDATE = Method("UpdateSession", pb.UpdateSessionRequest, pb.UpdateSessionRespon
 FORK = Method("ForkSession", pb.ForkSessionRequest, pb.ForkSessionResponse)
 DELETE = Method("DeleteSession", pb.DeleteSessionRequest, pb.DeleteSessionResponse)
 READ = Method("ReadMessages", pb.ReadMessagesRequest, pb.ReadMessagesResponse, mutates=False, streams=True)
+WATCH = Method("Watch", pb.WatchRequest, pb.WatchResponse, mutates=False, streams=True, sends=True)
 BACKUP = Method("Backup", pb.BackupRequest, pb.BackupResponse, mutates=False, streams=True)
 ACQUIRE = Method("AcquireLease", pb.AcquireLeaseRequest, pb.AcquireLeaseResponse)
 RENEW = Method("RenewLease", pb.RenewLeaseRequest, pb.RenewLeaseResponse, mutates=False)
 RELEASE = Method("ReleaseLease", pb.ReleaseLeaseRequest, pb.ReleaseLeaseResponse, mutates=False)
 LEASE = Method("GetLease", pb.GetLeaseRequest, pb.GetLeaseResponse, mutates=False)
 METHODS: tuple[Method[Any, Any], ...] = (
-    INFO, CREATE, GET, LIST, APPEND, REPLACE, POP, UPDATE, FORK, DELETE, READ, BACKUP,
+    INFO, CREATE, GET, LIST, APPEND, REPLACE, POP, UPDATE, FORK, DELETE, READ, WATCH, BACKUP,
     ACQUIRE, RENEW, RELEASE, LEASE,
 )  # fmt: skip
 
@@ -169,6 +172,8 @@ class Tail:
     head: Head
     start: int
     lines: list[bytes]
+    cursor: bytes = b""
+    """Where a watch goes on: it gives every change after the head's revision."""
 
 
 # A session that is rewritten while it is read is read again; each time somebody else made progress.
@@ -187,8 +192,9 @@ def read(held: Held) -> Operation[Tail | None]:
         except NotFoundError:
             return None
         head, lines = head_of(reply.session), lines_of(reply.messages)
+        tail = Tail(head, reply.start, lines, reply.cursor)
         if not reply.truncated:
-            return Tail(head, reply.start, lines)
+            return tail
         rest = pb.ReadMessagesRequest(
             key=key, start=reply.next, limit=head.message_count - reply.next, known_revision=head.revision
         )
@@ -200,7 +206,7 @@ def read(held: Held) -> Operation[Tail | None]:
             continue  # rewritten, deleted or shortened since the first call
         for block in blocks:
             lines.extend(lines_of(block.messages))
-        return Tail(head, reply.start, lines)
+        return tail
     raise AssertionError("the loop returns or raises")
 
 
@@ -283,6 +289,8 @@ class Listing:
 
     request: pb.ListSessionsRequest
     more: bool = field(default=True)
+    cursor: bytes = b""
+    """Where a watch of what is listed goes on; from the first page on."""
 
     @classmethod
     def begin(
@@ -303,6 +311,8 @@ class Listing:
     def page(self) -> Operation[list[Head]]:
         """The next page."""
         reply = yield from ask(LIST, self.request)
+        if not self.request.page_token:
+            self.cursor = reply.cursor
         self.request.page_token = reply.next_page_token
         self.more = bool(reply.next_page_token)
         return [head_of(session) for session in reply.sessions]

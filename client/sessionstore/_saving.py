@@ -18,6 +18,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
@@ -38,7 +39,9 @@ from sessionstore._difference import (
     merge,
     next_step,
 )
+from sessionstore._mirror import Mirror, all_of
 from sessionstore._operations import Held, Operation, Rpc, Tail, pb
+from sessionstore._snapshot import Lines, Snapshot
 from sessionstore._types import Head
 from sessionstore.errors import (
     AlreadyExistsError,
@@ -95,20 +98,56 @@ class Record:
 
 
 class Saver:
-    """What saves and refreshes objects. ``run`` runs an operation; ``again`` saves an object again."""
+    """What saves and refreshes objects.
 
-    def __init__(self, run: Callable[[Operation[Any]], Any], again: Callable[["Session"], None]) -> None:
+    Args:
+        run: runs an operation.
+        again: saves an object again.
+        mirror: gives the near cache.
+
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Operation[Any]], Any],
+        again: Callable[["Session"], None],
+        mirror: Callable[[], Mirror],
+    ) -> None:
         self._run = run
+        self._mirror = mirror
         self._again = again
         self._limits = codec.DEFAULT_LIMITS
         self._asked = False
 
     def read(self, session: "Session", record: Record) -> None:
-        """Bring an object up to date if it has no unsaved changes, else leave it."""
+        """Bring an object up to date if it has no unsaved changes, else leave it; from nearby if possible."""
+        near, baseline = self._mirror().near(record.key), record.baseline
+        if near is not None and near.seen < baseline.revision:
+            near = None
+        in_step = near is not None and near.revision == baseline.revision and not baseline.behind
+        if in_step and record.known and record.unanswered is None:
+            return  # what is stored is what was seen, whether or not there is something unsaved
         local = _saved(session, record)
         if local is not None:
-            self._merge(session, record, local)
-            record.baseline.watch(session.messages)
+            self._merge(session, record, local, near=near)
+            baseline.watch(session.messages)
+
+    def read_first(self, session: "Session", record: Record) -> None:
+        """Fill a new object with what is stored."""
+        near = self._mirror().near(record.key)
+        first_read(session, record, self._tail(Held(record.key), []) if near is None else all_of(near))
+
+    def _tail(self, held: Held, lines: list[bytes]) -> Tail | None:
+        """Read what is not held; `lines` begin with what is. Keeps what is read nearby."""
+        mirror = self._mirror()
+        marks, as_of_s = mirror.marks, mirror.clock()
+        tail: Tail | None = self._run(ops.read(held))
+        if tail is not None and mirror.on:
+            whole = Lines(lines[: tail.start] + tail.lines, tail.head.message_count)
+            mirror.offer(
+                Snapshot(held.key, tail.head, whole, tail.head.revision, as_of_s), tail.cursor, marks
+            )
+        return tail
 
     def adopt(self, session: "Session", record: Record) -> None:
         """Compare an object that was made by hand with what is stored: it must begin with those messages.
@@ -255,11 +294,12 @@ class Saver:
         record: Record,
         local: Local,
         refusal: SessionStoreError | None = None,
+        near: Snapshot | None = None,
     ) -> Local:
         """Take what is stored into the object. Raises ConflictError, with the object untouched."""
         baseline = record.baseline
         held = Held(record.key, baseline.revision, baseline.merged)
-        tail = self._run(ops.read(held))
+        tail = self._tail(held, baseline.lines) if near is None else all_of(near)
         stored = _stored(tail, baseline.lines)
         merged = merge(baseline, local, stored)
         revision = tail.head.revision if tail else 0
@@ -314,7 +354,7 @@ def first_read(session: "Session", record: Record, tail: Tail | None) -> None:
         return
     stored = _stored(tail, [])
     session.messages = [ops.decode(line) for line in stored.lines]
-    session.metadata = tail.head.metadata
+    session.metadata = deepcopy(tail.head.metadata)
     session.last_consolidated = stored.last_consolidated
     record.baseline.read(tail.head.revision, stored)
     record.baseline.watch(session.messages)

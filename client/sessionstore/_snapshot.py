@@ -6,11 +6,14 @@ change to a dict that was read from them can get back to the store.
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from google.protobuf.message import Message as Proto
 
 from sessionstore import _operations as ops
 from sessionstore import codec
-from sessionstore._operations import Held, Tail
+from sessionstore._operations import Held, Tail, pb
 from sessionstore._types import Head, Message, MessageInput
 from sessionstore.v1 import session_pb2
 
@@ -28,14 +31,19 @@ class Lines:
         """A view with `delete_count` lines from `start` on replaced. One thread at a time per list."""
         if start == self.count == len(self._shared):
             self._shared.extend(lines)
-            return Lines(self._shared, len(self._shared))
+            if len(self._shared) == start + len(lines):
+                return Lines(self._shared, len(self._shared))
+            # A signal handler interrupted this, and was quicker: what it added is behind these lines.
         kept = self._shared[: self.count]
         kept[start : start + delete_count] = lines
         return Lines(kept, len(kept))
 
     def begins(self, other: "Lines") -> bool:
-        """Whether `other` is known to begin with these lines."""
-        return self._shared is other._shared and self.count <= other.count
+        """Whether `other` begins with these lines."""
+        if self.count > other.count:
+            return False
+        mine, theirs = self._shared, other._shared
+        return mine is theirs or mine[: self.count] == theirs[: self.count]
 
     def since(self, start: int) -> list[bytes]:
         """The lines from `start` on."""
@@ -51,6 +59,9 @@ class Snapshot:
     lines: Lines
     seen: int
     """The highest revision known: the head's, or that of the removal."""
+    as_of_s: float = field(default=0.0, compare=False)
+    """When it was known to be what is stored, on the clock of `_calls.age_clock`: what was acknowledged to
+    anybody before is in it."""
 
     @property
     def revision(self) -> int:
@@ -63,15 +74,15 @@ class Snapshot:
         return Held(self.key, self.revision, self.lines.count)
 
 
-def absent(key: str, seen: int = 0) -> Snapshot:
+def absent(key: str, seen: int = 0, as_of_s: float = 0.0) -> Snapshot:
     """The snapshot of a session that does not exist."""
-    return Snapshot(key, None, Lines([], 0), seen)
+    return Snapshot(key, None, Lines([], 0), seen, as_of_s)
 
 
-def joined(before: Snapshot, tail: Tail) -> Snapshot:
+def joined(before: Snapshot, tail: Tail, as_of_s: float = 0.0) -> Snapshot:
     """The snapshot that a read gives to one who held `before`."""
     kept = before.lines.splice(tail.start, before.lines.count - tail.start, tail.lines)
-    return Snapshot(before.key, tail.head, kept, tail.head.revision)
+    return Snapshot(before.key, tail.head, kept, tail.head.revision, as_of_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +113,55 @@ def advanced(before: Snapshot, result: session_pb2.WriteResult, effect: Effect) 
         expire_time=ops.end_of(result),
     )
     lines = before.lines.splice(effect.start, effect.delete_count, effect.lines)
-    return Snapshot(before.key, head, lines, result.revision)
+    return Snapshot(before.key, head, lines, result.revision, before.as_of_s)
+
+
+def applied(before: Snapshot, parts: Sequence[pb.WatchEvent]) -> Snapshot | None:
+    """The session after a change of one part or several; None if it does not follow `before` or fit it."""
+    first, last = parts[0].changed, parts[-1]
+    if not first.whole and parts[0].previous_revision != before.revision:
+        return None
+    lines = Lines([], 0) if first.whole else before.lines
+    new = [line for part in parts for line in ops.lines_of(part.changed.messages)]
+    delete_count = sum(part.changed.delete_count for part in parts)
+    head = ops.head_of(last.changed.session)
+    if first.start + delete_count > lines.count or head.revision != last.revision:
+        return None
+    lines = lines.splice(first.start, delete_count, new)
+    if lines.count != head.message_count:
+        return None
+    return Snapshot(before.key, head, lines, head.revision, before.as_of_s)
+
+
+def effect_of(before: Snapshot, request: Proto, reply: Any) -> Effect | None:
+    """What an own change did to the session right before it; None if that is not known here."""
+    count = before.lines.count
+    match request:
+        case pb.AppendMessagesRequest():
+            return Effect(reply.first_index, 0, ops.lines_of(request.messages))
+        case pb.ReplaceMessagesRequest():
+            deleted = request.delete_count if request.HasField("delete_count") else count - request.start
+            return Effect(request.start, deleted, ops.lines_of(request.messages))
+        case pb.PopMessageRequest():
+            return Effect(count - 1, 1)
+        case pb.UpdateSessionRequest():
+            return _update_effect(before, request)
+    return None
+
+
+def _update_effect(before: Snapshot, request: pb.UpdateSessionRequest) -> Effect | None:
+    paths = list(request.update_mask.paths)
+    names = [path.removeprefix("metadata.") for path in paths if path.startswith("metadata.")]
+    if before.head is None or set(paths) - {f"metadata.{name}" for name in names} - {
+        "metadata", "last_consolidated",
+    }:  # fmt: skip
+        return None
+    given = ops.decode(request.metadata or b"{}")
+    metadata = given if "metadata" in paths else None
+    if names:
+        whole = {**before.head.metadata, **given}
+        metadata = {name: value for name, value in whole.items() if name in given or name not in names}
+    return Effect(before.lines.count, 0, (), metadata)
 
 
 def difference(

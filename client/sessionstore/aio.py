@@ -15,8 +15,10 @@ from typing import Self
 
 from sessionstore import _operations as ops
 from sessionstore._adriver import AsyncDriver
+from sessionstore._awatch import AsyncWatch
 from sessionstore._editing import EditFunction, begin, edit, store
 from sessionstore._expiry import moment
+from sessionstore._mirror import DEFAULT_SESSIONS, DEFAULT_STALENESS_S, Bounds, Mirror
 from sessionstore._operations import Operation, Value
 from sessionstore._renewals import AsyncRenewals
 from sessionstore._snapshot import Snapshot, absent, joined
@@ -35,6 +37,7 @@ from sessionstore._types import (
     ServerInfo,
     Written,
 )
+from sessionstore._watching import Watching
 from sessionstore.session import BaseHandle, load
 
 AsyncHeads = AsyncIterator[Head]
@@ -44,9 +47,18 @@ Messages = list[Message]  # `list` means a method below
 class AsyncSessionStore:
     """A session store, reached through its daemon, for one event loop. Arguments as for `SessionStore`."""
 
-    def __init__(self, target: str | None = None, *, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        target: str | None = None,
+        *,
+        timeout: float | None = None,
+        near_cache_bytes: int = 0,
+        near_cache_sessions: int = DEFAULT_SESSIONS,
+        near_cache_staleness: float = DEFAULT_STALENESS_S,
+    ) -> None:
         self._targets = resolve_targets(target)
-        self._driver = AsyncDriver(self._targets, resolve_timeout_s(timeout))
+        bounds = Bounds(near_cache_bytes, near_cache_sessions, near_cache_staleness)
+        self._driver = AsyncDriver(self._targets, resolve_timeout_s(timeout), bounds)
         self._turns = AsyncRenewals(self._driver.run)
 
     def __repr__(self) -> str:
@@ -69,9 +81,17 @@ class AsyncSessionStore:
     def _guard(self) -> AbstractContextManager[bool]:
         return self._driver.guard
 
+    @property
+    def _mirror(self) -> Mirror:
+        return self._driver.mirror
+
     async def session(self, key: str) -> "AsyncSessionHandle":
         """As `SessionStore.session`."""
-        return AsyncSessionHandle(self, await self._driver.run(load(key)))
+        near = self._mirror.near(key)
+        if near is None:
+            near = await self._driver.run(load(self._mirror, key))
+        self._driver.check()
+        return AsyncSessionHandle(self, near)
 
     async def create(
         self,
@@ -127,6 +147,17 @@ class AsyncSessionStore:
         """As `SessionStore.edit`; `function` is a plain function."""
         return await self._driver.run(edit(await self.session(key), function, attempts))
 
+    def watch(
+        self,
+        keys: Iterable[str] | None = None,
+        *,
+        prefix: str | None = None,
+        cursor: bytes | None = None,
+        known: Mapping[str, int] | None = None,
+    ) -> AsyncWatch:
+        """As `SessionStore.watch`: ``async for event in store.watch(...)``."""
+        return AsyncWatch(self._driver, Watching(prefix, keys, cursor, known))
+
     async def info(self) -> ServerInfo:
         """As `SessionStore.info`."""
         return await self._driver.run(ops.info())
@@ -137,6 +168,7 @@ class AsyncSessionHandle(BaseHandle):
 
     def __init__(self, owner: AsyncSessionStore, snapshot: Snapshot) -> None:
         super().__init__(owner, snapshot)
+        self._check = owner._driver.check
         self._run = owner._driver.run
         self._turns = owner._turns
 
@@ -212,6 +244,11 @@ class AsyncSessionHandle(BaseHandle):
         """As `SessionHandle.refresh`."""
         await self._run(self._refresh())
         return self
+
+    async def catch_up(self) -> Self:
+        """As `SessionHandle.catch_up`."""
+        self._check()
+        return self if self._catch_up() else await self.refresh()
 
     async def lease(self) -> Lease | None:
         """As `SessionHandle.lease`."""

@@ -14,6 +14,7 @@ from sessionstore import _operations as ops
 from sessionstore._driver import Driver
 from sessionstore._editing import EditFunction, begin, edit, store
 from sessionstore._expiry import moment
+from sessionstore._mirror import DEFAULT_SESSIONS, DEFAULT_STALENESS_S, Bounds, Mirror
 from sessionstore._operations import Operation, Value
 from sessionstore._renewals import Renewals
 from sessionstore._snapshot import Snapshot, absent, joined
@@ -32,6 +33,8 @@ from sessionstore._types import (
     ServerInfo,
     Written,
 )
+from sessionstore._watch import Watch
+from sessionstore._watching import Watching
 from sessionstore.session import BaseHandle, load
 
 Heads = Iterator[Head]  # `list` means a method below
@@ -46,15 +49,30 @@ class SessionStore:
             user.
         timeout: seconds per call to the daemon, connecting and repeating included. None:
             $SESSIONSTORE_TIMEOUT, else 30. Reading a session of more than 1 MiB is two calls.
+        near_cache_bytes: how many bytes of sessions to keep near: `session`, and `SessionHandle.catch_up`, of
+            a session that was read before then cost no round trip. 0 keeps nothing, and every read goes to
+            the daemon.
+        near_cache_sessions: how many sessions to keep near at the most.
+        near_cache_staleness: seconds, 0.1 to 3600. What others wrote is seen at most so much later; `as_of`
+            tells exactly. Own writes are always seen.
 
     Construction does no I/O. Every call raises UnavailableError if no daemon answers within the timeout,
     and a change OutcomeUnknownError if it was sent and no answer came.
 
     """
 
-    def __init__(self, target: str | None = None, *, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        target: str | None = None,
+        *,
+        timeout: float | None = None,
+        near_cache_bytes: int = 0,
+        near_cache_sessions: int = DEFAULT_SESSIONS,
+        near_cache_staleness: float = DEFAULT_STALENESS_S,
+    ) -> None:
         self._targets = resolve_targets(target)
-        self._driver = Driver(self._targets, resolve_timeout_s(timeout))
+        bounds = Bounds(near_cache_bytes, near_cache_sessions, near_cache_staleness)
+        self._driver = Driver(self._targets, resolve_timeout_s(timeout), bounds)
         self._turns = Renewals(self._driver.run)
 
     def __repr__(self) -> str:
@@ -80,13 +98,18 @@ class SessionStore:
     def _guard(self) -> AbstractContextManager[bool]:
         return self._driver.guard
 
+    @property
+    def _mirror(self) -> Mirror:
+        return self._driver.mirror
+
     def session(self, key: str) -> "SessionHandle":
         """A handle on a session, with all its messages; creates nothing.
 
         A session that does not exist gives a handle with revision 0 and no messages. Raises
         InvalidArgumentError for a malformed key, DataLossError if the session is damaged.
         """
-        return SessionHandle(self, self._driver.run(load(key)))
+        near = self._mirror.near(key)
+        return SessionHandle(self, self._driver.run(load(self._mirror, key)) if near is None else near)
 
     def create(
         self,
@@ -176,6 +199,37 @@ class SessionStore:
         The `retry` of an OutcomeUnknownError goes on with the edit.
         """
         return self._driver.run(edit(self.session(key), function, attempts))
+
+    def watch(
+        self,
+        keys: Iterable[str] | None = None,
+        *,
+        prefix: str | None = None,
+        cursor: bytes | None = None,
+        known: Mapping[str, int] | None = None,
+    ) -> Watch:
+        """The changes of sessions, as they happen, without a gap: iterate over it.
+
+        Args:
+            keys: watch these sessions, whether they exist or not; at most 10,000.
+            prefix: watch every session whose key begins with it. Neither: watch all.
+            cursor: where to go on: the `cursor` of an event, or of a watch, of the same sessions and of any
+                process. None: from what is there when the watch comes into force, which is at the first step,
+                or at the begin of a ``with`` block.
+            known: what you hold: key -> revision. Without a cursor, what differs from that comes first, as
+                `whole` events and deletions; ``known={}`` gives all that there is, and then what changes.
+
+        The events of one session come in their order, each once; applying them gives what is stored. The
+        watch goes on by itself when the connection breaks, when the daemon restarts and when it was too slow.
+        If the daemon no longer keeps what came after the cursor, what differs is read and given as `whole`
+        events, and what is gone as deletions. That takes knowing what you hold: a watch of a prefix from a
+        cursor without `known`, or one of more than 100,000 sessions, raises CursorExpiredError instead.
+
+        Raises InvalidArgumentError for what cannot be sent, UnavailableError if no daemon answers before the
+        watch is in force, and DataLossError if a session has to be read that is damaged.
+
+        """
+        return Watch(self._driver, Watching(prefix, keys, cursor, known))
 
     def info(self) -> ServerInfo:
         """What serves: version, store, durability, limits."""
@@ -304,6 +358,15 @@ class SessionHandle(BaseHandle):
         """Bring the snapshot up to date; only what is new is read. Returns the handle itself."""
         self._run(self._refresh())
         return self
+
+    def catch_up(self) -> Self:
+        """Bring the snapshot up to date from the near cache; without a round trip, if that is in step.
+
+        Else, and without a near cache, it is `refresh`. What others wrote may be missing if it was
+        acknowledged within the last `near_cache_staleness` seconds; `as_of` tells exactly. Returns the handle
+        itself.
+        """
+        return self if self._catch_up() else self.refresh()
 
     def lease(self) -> Lease | None:
         """The lease of the session that is in force now, whoever has it; None if there is none."""

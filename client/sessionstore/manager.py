@@ -28,8 +28,8 @@ from typing import Any, NoReturn, Self, cast
 from sessionstore import _operations as ops
 from sessionstore import history
 from sessionstore._fork import Forkable, watch
-from sessionstore._operations import Held
-from sessionstore._saving import Record, Saver, first_read, is_unsaved, naive
+from sessionstore._mirror import DEFAULT_SESSIONS, DEFAULT_STALENESS_S
+from sessionstore._saving import Record, Saver, is_unsaved, naive
 from sessionstore._workspace import find_target
 from sessionstore.client import SessionStore
 
@@ -99,16 +99,34 @@ class SessionManager(Forkable):
             ``unix:PATH``, or a comma list.
         timeout: seconds per call to the daemon, connecting and repeating included; None for
             $SESSIONSTORE_TIMEOUT, else 30.
+        near_cache_bytes: how many bytes of sessions to keep near, so that `get_or_create` of a session that
+            was read before costs no round trip; as for `SessionStore`, like the following two.
+        near_cache_sessions: how many sessions to keep near at the most.
+        near_cache_staleness: seconds; what others wrote is seen at most so much later.
 
     Thread-safe; a forked child may go on using it. Raises UnavailableError if no daemon serves the `Path`,
     and so does every method that reads or writes if none answers in time.
 
     """
 
-    def __init__(self, workspace: Path | str, *, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        workspace: Path | str,
+        *,
+        timeout: float | None = None,
+        near_cache_bytes: int = 0,
+        near_cache_sessions: int = DEFAULT_SESSIONS,
+        near_cache_staleness: float = DEFAULT_STALENESS_S,
+    ) -> None:
         self.workspace = workspace
-        self._store = SessionStore(_target(workspace), timeout=timeout)
-        self._saver = Saver(self._store._driver.run, self.save)
+        self._store = SessionStore(
+            _target(workspace),
+            timeout=timeout,
+            near_cache_bytes=near_cache_bytes,
+            near_cache_sessions=near_cache_sessions,
+            near_cache_staleness=near_cache_staleness,
+        )
+        self._saver = Saver(self._store._driver.run, self.save, lambda: self._store._mirror)
         self._lock = threading.RLock()
         # What is known of each object, by its id; an entry goes when its object goes.
         self._records: dict[int, Record] = {}
@@ -157,7 +175,7 @@ class SessionManager(Forkable):
             return self._keep(session)
         made = Session(key)
         record = Record(key, self._reference(made))
-        first_read(made, record, self._store._driver.run(ops.read(Held(key))))
+        self._saver.read_first(made, record)
         with self._lock:
             session = self._known(key)
             if session is None:  # else another thread was quicker

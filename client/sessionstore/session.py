@@ -22,13 +22,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Protocol, Self, cast
 
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from sessionstore import _operations as ops
 from sessionstore import codec, history
+from sessionstore._mirror import Mirror, read
 from sessionstore._operations import Held, Operation, Tail, pb
 from sessionstore._snapshot import (
     Effect,
@@ -37,7 +38,6 @@ from sessionstore._snapshot import (
     Snapshot,
     absent,
     advanced,
-    joined,
 )
 from sessionstore._types import KEEP, Appended, Head, Keep, Message, MessageInput, Remove, Written
 from sessionstore.errors import SessionStoreError, error_for
@@ -49,6 +49,9 @@ class Owner(Protocol):
 
     @property
     def _guard(self) -> AbstractContextManager[bool]: ...
+
+    @property
+    def _mirror(self) -> Mirror: ...
 
 
 class BaseHandle:
@@ -87,8 +90,9 @@ class BaseHandle:
 
     @property
     def head(self) -> Head | None:
-        """Everything but the messages, of one revision; None if the session does not exist."""
-        return self._snapshot.head
+        """Everything but the messages, of one revision: a copy; None if the session does not exist."""
+        head = self._snapshot.head
+        return replace(head, metadata=deepcopy(head.metadata)) if head else None
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -136,6 +140,24 @@ class BaseHandle:
         """When the session ends by itself (aware, UTC); None: never, or it does not exist."""
         head = self._snapshot.head
         return head.expire_time if head else None
+
+    @property
+    def as_of(self) -> datetime:
+        """The latest moment as of which the snapshot is known to be what is stored (aware, UTC). No I/O.
+
+        Whatever was acknowledged to anybody before it, in any process, is in the snapshot. It is when the
+        handle last began to read, or, while the near cache holds the session at this revision, when the last
+        request of its stream was sent that was answered with "nothing else happened". The time is measured
+        on a steady clock, so it is right at the moment at which you ask.
+        """
+        at = self._snapshot
+        near_s = self._owner._mirror.as_of_s(at.key, at.revision)
+        if near_s > at.as_of_s:
+            with self._moving() as alone:
+                if alone and self._snapshot is at:
+                    self._snapshot = replace(at, as_of_s=near_s)
+        ago_s = self._owner._mirror.clock() - max(near_s, at.as_of_s)
+        return datetime.now(UTC) - timedelta(seconds=ago_s)
 
     @property
     def damage(self) -> str:
@@ -205,23 +227,34 @@ class BaseHandle:
             self._snapshot = advanced(before, result, effect(before))
             return True
 
-    def _read(self, before: Snapshot, tail: Tail | None) -> None:
+    def _take(self, before: Snapshot, tail: Tail | None, read: Snapshot) -> None:
         """Take what a read gave to one who held `before`, unless it is older than what is known by now."""
         with self._moving() as alone:
             now = self._snapshot
             if not alone:
                 return
             if tail is not None and tail.head.revision > now.seen:
-                self._snapshot = joined(before, tail)
+                self._snapshot = read
             elif tail is not None and tail.head.revision == now.revision:
-                self._snapshot = replace(now, head=tail.head)
+                self._snapshot = replace(now, head=tail.head, as_of_s=read.as_of_s)
             elif tail is None and now is before:
-                self._snapshot = absent(self.key, now.seen)
+                self._snapshot = read
 
     def _refresh(self) -> Operation[None]:
         before = self._snapshot
-        tail = yield from ops.read(before.held)
-        self._read(before, tail)
+        tail, snapshot = yield from read(self._owner._mirror, before)
+        self._take(before, tail, snapshot)
+
+    def _catch_up(self) -> bool:
+        """Take what the near cache has; False if a read is needed."""
+        near = self._owner._mirror.near(self.key)
+        if near is None:
+            return False
+        with self._moving() as alone:
+            now = self._snapshot
+            if alone and near.seen > now.seen:
+                self._snapshot = near
+            return alone and near.seen >= now.seen
 
     def _settle(self, result: session_pb2.WriteResult, effect: EffectOn) -> Operation[None]:
         """Bring the snapshot to a revision that contains an own, acknowledged write."""
@@ -355,7 +388,7 @@ class BaseHandle:
 
         def finish(_: pb.ForkSessionResponse) -> Operation[Self]:
             try:
-                snapshot = yield from load(to)
+                snapshot = yield from load(self._owner._mirror, to)
             except SessionStoreError:
                 # The fork is acknowledged, and raising would deny it. The reply does not tell of what
                 # revision it is a copy; what is known to be true is that there was no such session before.
@@ -376,10 +409,10 @@ class BaseHandle:
         )
 
 
-def load(key: str) -> Operation[Snapshot]:
+def load(mirror: Mirror, key: str) -> Operation[Snapshot]:
     """Read a session."""
-    tail = yield from ops.read(Held(key))
-    return absent(key) if tail is None else joined(absent(key), tail)
+    _, snapshot = yield from read(mirror, absent(key))
+    return snapshot
 
 
 def _masked(

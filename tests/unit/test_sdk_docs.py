@@ -22,7 +22,7 @@ def test_the_blocks_run(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None
             exec(compile(block, f"block {number}", "exec"), names)
         stored = store.session("telegram:42")
     contents = [message["content"] for message in stored.messages]
-    assert contents == ["you said Hello!", "you said hi", "hi again", "you said hi again", "once"]
+    assert contents == ["you said Hello!", "you said hi", "hi again", "you said hi again", "news", "once"]
 
 
 def test_every_error_is_described() -> None:

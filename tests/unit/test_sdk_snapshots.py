@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sessionstore import _editing, codec
 from sessionstore._operations import Tail
-from sessionstore._snapshot import Effect, Lines, absent, difference, joined
+from sessionstore._snapshot import Effect, Lines, Snapshot, absent, difference, joined
 from sessionstore._types import Head
 from sessionstore.errors import InvalidArgumentError
 from sessionstore.session import BaseHandle
@@ -38,6 +38,10 @@ def handle(revision: int = 0, *numbers: int) -> BaseHandle:
     if revision:
         snapshot = joined(snapshot, Tail(head(revision, len(numbers)), 0, lines(*numbers)))
     return BaseHandle(Owner(), snapshot)
+
+
+def take(mine: BaseHandle, before: Snapshot, tail: Tail | None) -> None:
+    mine._take(before, tail, absent("k") if tail is None else joined(before, tail))
 
 
 def held(of: BaseHandle) -> tuple[int, list[Any]]:
@@ -91,7 +95,9 @@ def test_lines_that_grow_share_and_lines_that_fork_do_not() -> None:
     third = second.splice(2, 0, lines(3))
     other = second.splice(2, 0, lines(4))
     assert second.begins(third)
-    assert not second.begins(other)
+    assert second.begins(other)
+    assert not third.begins(other)
+    assert not third.begins(second)
     assert [each.since(0) for each in (first, second, third, other)] == [
         [], lines(1, 2), lines(1, 2, 3), lines(1, 2, 4)
     ]  # fmt: skip
@@ -114,8 +120,8 @@ def test_an_own_write_after_somebody_elses_needs_a_read() -> None:
 def test_answers_that_come_late_change_nothing() -> None:
     mine = handle(5, 1, 2)
     assert mine._applied(result(2, 3, 9), lambda _: Effect(0, 0, lines(9)))
-    mine._read(absent("k"), Tail(head(4, 1), 0, lines(9)))
-    mine._read(absent("k"), None)  # not found, asked before the snapshot that is there now
+    take(mine, absent("k"), Tail(head(4, 1), 0, lines(9)))
+    take(mine, absent("k"), None)  # not found, asked before the snapshot that is there now
     assert held(mine) == (5, [1, 2])
 
 
@@ -123,14 +129,14 @@ def test_a_read_joins_what_its_asker_held_not_what_came_meanwhile() -> None:
     mine = handle(5, 1, 2)
     before = mine._snapshot
     mine._applied(result(5, 6, 3), lambda _: Effect(2, 0, lines(3)))
-    mine._read(before, Tail(head(8, 4), 2, lines(3, 4)))
+    take(mine, before, Tail(head(8, 4), 2, lines(3, 4)))
     assert held(mine) == (8, [1, 2, 3, 4])
 
 
 def test_a_read_of_the_same_revision_keeps_the_messages() -> None:
     mine = handle(5, 1, 2)
     kept = mine.messages
-    mine._read(mine._snapshot, Tail(head(5, 2), 2, []))
+    take(mine, mine._snapshot, Tail(head(5, 2), 2, []))
     assert mine.messages is kept
 
 
