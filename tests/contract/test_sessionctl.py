@@ -416,3 +416,39 @@ def test_lease_tells_who_has_it(ctl: Ctl, daemon: Daemon) -> None:
             assert wanted in told
         assert "\x1b" not in told
     assert ctl.error(1, "lease", "")
+
+
+def test_watch_tells_what_changes_and_goes_on_from_a_cursor(daemon: Daemon, ctl: Ctl) -> None:
+    put(daemon, "w:1")
+    put(daemon, "x:1")
+    command = [str(COMMAND), "watch", "--prefix", "w:", "--existing", "--limit", "3", "--json"]
+    environment = clean_environment() | {"SESSIONSTORE_TARGET": daemon.address}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as watching:
+        assert watching.stdout is not None
+        first = json.loads(watching.stdout.readline())
+        assert (first["event"], first["key"], first["whole"]) == ("changed", "w:1", True)
+        assert first["message_count"] == 3
+        put(daemon, "w:1", b'{"n": 1}')
+        put(daemon, "x:1")
+        ctl.out("rm", "w:1", "--yes")
+        second, third = map(json.loads, watching.stdout.readlines())
+        assert watching.wait(60) == 0
+    assert (second["messages"], second["start"], second["delete_count"]) == ([{"n": 1}], 3, 0)
+    assert (third["event"], third["key"], third["expired"]) == ("deleted", "w:1", False)
+    again = ctl.out("watch", "--prefix", "w:", "--cursor", second["cursor"], "--limit", "1", "--json")
+    assert json.loads(again) == third
+
+
+def test_watch_tells_people_in_lines(daemon: Daemon, ctl: Ctl) -> None:
+    put(daemon, "w:1")
+    daemon.stub.ForkSession(v1.ForkSessionRequest(key="w:2", source_key="w:1"))
+    told = ctl.out("watch", "--prefix", "w:", "--existing", "--limit", "2")
+    assert [line.split("  ", 1)[1] for line in told.splitlines()] == [
+        "w:1  whole, 3 messages, revision 1", "w:2  whole, 3 messages, revision 2"
+    ]  # fmt: skip
+
+
+def test_watch_refuses_what_makes_no_sense(ctl: Ctl) -> None:
+    assert "either KEY or --prefix" in ctl.error(2, "watch", "a", "--prefix", "b")
+    assert "hexadecimal" in ctl.error(2, "watch", "a", "--cursor", "zz")
+    assert "cursor" in ctl.error(1, "watch", "--cursor", "00")

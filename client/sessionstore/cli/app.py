@@ -17,7 +17,7 @@ from sessionstore import codec
 from sessionstore._operations import BACKUP, Held, Rpc, pb, read
 from sessionstore._operations import lease as lease_of
 from sessionstore._types import OrderBy
-from sessionstore.cli import backing_up, expiring, exporting, importing, output, wire
+from sessionstore.cli import backing_up, expiring, exporting, importing, output, watching, wire
 from sessionstore.cli.conversation import local_time, printable, rows
 from sessionstore.client import SessionStore
 from sessionstore.errors import NotFoundError, OutcomeUnknownError, SessionStoreError, error_for
@@ -135,6 +135,39 @@ def show(store: SessionStore, key: str, last: int | None, as_json: bool) -> None
         click.echo(codec.join(tail.lines), nl=False)
     else:
         output.write_rows(rows(tail.head, tail.start, [codec.decode(line) for line in tail.lines]))
+
+
+@sessionctl.command()
+@click.argument("keys", nargs=-1, metavar="[KEY]...")
+@click.option("--prefix", help="Watch the sessions whose key begins with this.")
+@click.option("--existing", is_flag=True, help="First tell of what there is.")
+@click.option("--cursor", metavar="HEX", help="Go on behind the event that had this cursor.")
+@click.option("--limit", type=click.IntRange(min=1), help="End after so many events.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line, for programs.")
+@_connected
+def watch(
+    store: SessionStore,
+    keys: Sequence[str],
+    prefix: str | None,
+    existing: bool,
+    cursor: str | None,
+    limit: int | None,
+    as_json: bool,
+) -> None:
+    """Tell what changes, as it happens, until Ctrl-C: in these sessions, or in all.
+
+    It goes on by itself when the daemon restarts.
+    """
+    if keys and prefix is not None:
+        raise click.UsageError("give either KEY or --prefix")
+    try:
+        place = None if cursor is None else bytes.fromhex(cursor)
+    except ValueError:
+        raise click.BadParameter("it is no hexadecimal number", param_hint="--cursor") from None
+    events = store.watch(keys or None, prefix=prefix, cursor=place, known={} if existing else None)
+    with events:
+        for event in islice(events, limit):
+            click.echo(watching.line_json(event) if as_json else watching.line(event))
 
 
 @sessionctl.command()
