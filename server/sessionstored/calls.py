@@ -49,6 +49,7 @@ class Calls(grpc.aio.ServerInterceptor):
         service: str,
         *,
         bytes_max: int,
+        calls_max: int = 1 << 30,
         large_replies: Collection[str] = (),
         arrivals: Arrivals | None = None,
     ) -> None:
@@ -57,6 +58,7 @@ class Calls(grpc.aio.ServerInterceptor):
         Args:
             service: its full name.
             bytes_max: requests, and large replies that are being sent, may hold so many bytes together.
+            calls_max: so many calls may be under way; those without an end, such as a Watch, do not count.
             large_replies: the unary methods whose replies may be large. They change nothing: such a reply
                 may be refused when it is made.
             arrivals: the bound on requests that are on their way in.
@@ -65,7 +67,7 @@ class Calls(grpc.aio.ServerInterceptor):
         self._prefix = f"/{service}/"
         self._large_replies = {self._prefix + name for name in large_replies}
         self._arrivals = arrivals
-        self._bytes_max = bytes_max
+        self._bytes_max, self._calls_max = bytes_max, calls_max
         self._bytes = 0
         self._count = 0
         self._idle = asyncio.Event()
@@ -232,6 +234,9 @@ class Calls(grpc.aio.ServerInterceptor):
     @contextmanager
     def _under_way(self, size: int) -> Iterator[None]:
         self._check_draining()
+        if self._count >= self._calls_max:
+            text = f"{self._calls_max} calls are under way; nothing was stored; try again later"
+            raise Refused(Refusal("OVERLOADED", text, {"limit": str(self._calls_max)}))
         with self._held(size):
             self._count += 1
             self._idle.clear()

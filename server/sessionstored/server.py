@@ -183,6 +183,7 @@ class _Daemon:
         self._calls = Calls(
             SERVICE,
             bytes_max=config.concurrent_bytes_max,
+            calls_max=config.concurrent_calls_max,
             large_replies=LARGE_REPLIES,
             arrivals=arrivals,
         )

@@ -535,7 +535,7 @@ def test_the_daemon_serves_again_on_the_same_address(daemon):
 
 
 def test_more_calls_than_the_bound_are_refused(make_daemon):
-    daemon = make_daemon(flags=("--concurrent-calls-max", "2")).start()
+    daemon = make_daemon(flags=("--concurrent-calls-max", "1", "--watchers-max", "1")).start()
     with channel_to(daemon.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         watches = [stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE)) for _ in range(2)]

@@ -21,7 +21,18 @@ from hypothesis.stateful import (
 from model import KEYS, mutations
 from sessionstored import replies
 from sessionstored.engine import Engine, Query, Refused, watcher
-from sessionstored.rules import Append, Create, Delete, Fork, Mutation, Pop, Refusal, Replace, Update
+from sessionstored.rules import (
+    DEFAULT_LIMITS,
+    Append,
+    Create,
+    Delete,
+    Fork,
+    Mutation,
+    Pop,
+    Refusal,
+    Replace,
+    Update,
+)
 
 A, B, C, D = (b'{"role": "user", "content": "%s"}' % name for name in (b"a", b"b", b"c", b"d"))
 LARGE_METADATA = b'{"notes": "%s"}' % (b"n" * 3000)
@@ -77,7 +88,7 @@ async def test_what_is_read_with_its_cursor_and_then_followed_is_what_is_stored(
     found = await read(engine, "k")
     await done(engine, Append("k", [C]))
     follower = Follower(cursor=cursor)
-    follower.hold(replies.session(found.head), found.lines)
+    follower.hold(replies.session(found.head, DEFAULT_LIMITS), found.lines)
     following = Following(engine, follower, keys=["k"])
     await following.catch_up()
     await agrees(engine, follower)

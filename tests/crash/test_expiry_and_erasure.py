@@ -27,6 +27,8 @@ MARK = b"zebra-in-the-attic-2087"
 S = 1_000_000
 # Nothing happens by itself: rounds of maintenance are asked for.
 BY_HAND = replace(DEFAULT_TUNING, checkpoint_interval_s=3600, scrub_bytes_per_s_max=0)
+# And nothing is kept for watchers after a checkpoint.
+UNWATCHED = replace(BY_HAND, feed=replace(BY_HAND.feed, bytes_max=0))
 
 
 @pytest.fixture
@@ -303,7 +305,7 @@ async def test_nothing_is_left_one_checkpoint_after_the_removal(
     tmp_path: Path, clock: Clock, checkpoints: int
 ) -> None:
     """However much of it the session files and the journal had before."""
-    engine = await open_jsonl(tmp_path, tuning=BY_HAND)
+    engine = await open_jsonl(tmp_path, tuning=UNWATCHED)
     await fill(engine)
     for n in range(checkpoints):
         await rounds(engine)
@@ -330,7 +332,7 @@ async def test_nothing_is_left_one_checkpoint_after_the_removal(
 
 async def test_what_was_removed_before_a_crash_is_erased_after_it(tmp_path: Path) -> None:
     data, copy = tmp_path / "data", tmp_path / "copy"
-    engine = await open_jsonl(data, tuning=BY_HAND)
+    engine = await open_jsonl(data, tuning=UNWATCHED)
     await fill(engine)
     await rounds(engine)
     for key in ("small", "large", "fork", "popped", "replaced", "ends"):
@@ -339,7 +341,7 @@ async def test_what_was_removed_before_a_crash_is_erased_after_it(tmp_path: Path
     shutil.copytree(data, copy, ignore=shutil.ignore_patterns("LOCK", "*-shm"))
     await engine.close()
     assert files_with(copy, MARK)
-    engine = await open_jsonl(copy, tuning=BY_HAND)  # the first round comes before anybody is served
+    engine = await open_jsonl(copy, tuning=UNWATCHED)  # the first round comes before anybody is served
     assert files_with(copy, MARK) == []
     assert await keys(engine) == ["other"]
     await engine.close()
@@ -348,7 +350,7 @@ async def test_what_was_removed_before_a_crash_is_erased_after_it(tmp_path: Path
 async def test_erasing_waits_for_a_backup_and_holds_nobody_up(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = await open_jsonl(tmp_path, tuning=BY_HAND)
+    engine = await open_jsonl(tmp_path, tuning=UNWATCHED)
     await fill(engine)
     journal = engine._vault.journal
     snapshot = journal.snapshot()
@@ -377,7 +379,7 @@ async def test_erasing_waits_for_a_backup_and_holds_nobody_up(
 
 def test_nothing_is_left_by_a_daemon_after_the_stated_bound(tmp_path: Path) -> None:
     """Two checkpoints after a removal, with a daemon that nobody calls meanwhile."""
-    daemon = Daemon(tmp_path, store="jsonl", flags=("--checkpoint-s-max", "0.2"))
+    daemon = Daemon(tmp_path, store="jsonl", flags=("--checkpoint-s-max", "0.2", "--feed-age-s-max", "1"))
     daemon.start()
     try:
         with SessionStore(daemon.address) as store:

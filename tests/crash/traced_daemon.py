@@ -25,7 +25,7 @@ _JOURNAL = {
     "append": "commit",
     "put_entries": "catalogue",
     "put_windows": "catalogue",
-    "drop_rows": "catalogue",
+    "finish_checkpoint": "catalogue",
     "wal_checkpoint": "log",
 }
 

@@ -14,6 +14,7 @@ from sessionstored.calls import Calls
 from sessionstored.engine import Refused
 from sessionstored.engine.feed import FeedLimits
 from sessionstored.engine.memory import MemoryEngine
+from sessionstored.lease_queue import LeaseQueue
 from sessionstored.requests import Bounds
 from sessionstored.rules import DEFAULT_LIMITS, Append
 from sessionstored.service import SERVICE, SessionStoreServicer
@@ -96,7 +97,8 @@ async def test_a_watcher_who_takes_nothing_is_cut_off(monkeypatch: pytest.Monkey
     monkeypatch.setattr(calls, "STALL_S_MAX", 0.2)
     engine = MemoryEngine()
     server = grpc.aio.server(interceptors=[Calls(SERVICE, bytes_max=1 << 30)])
-    servicer = SessionStoreServicer(engine, Bounds(), DEFAULT_LIMITS, version="1", start_time_us=0)  # type: ignore[abstract]
+    leases = LeaseQueue(engine, waiters_max=1, waiters_per_key_max=1, bytes_max=1)
+    servicer = SessionStoreServicer(engine, leases, Bounds(), DEFAULT_LIMITS, version="1", start_time_us=0)
     session_store_pb2_grpc.add_SessionStoreServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

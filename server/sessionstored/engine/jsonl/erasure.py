@@ -9,6 +9,7 @@ nothing else happens.
 For the maintenance thread, after a checkpoint.
 """
 
+from sessionstored.engine import Refused
 from sessionstored.engine.jsonl.committer import Committer
 from sessionstored.engine.jsonl.vault import Vault
 from sessionstored.windows import FORGET_SLACK_S
@@ -22,12 +23,20 @@ def erase(vault: Vault, committer: Committer) -> None:
     What cannot be done now, because rows are still needed or a backup reads the log, is done by a later call.
     """
     before_s = vault.clock_s() - vault.limits.window_age_max_s - FORGET_SLACK_S
-    if vault.reading(lambda reader: reader.old_windows(before_s)):
+    if _old_windows(vault, before_s):
         committer.run(lambda: _forget_windows(vault, before_s), fatal=True).result()
     for _ in range(_TRIES):  # somebody may just read: the log cannot be emptied under a reader
         if vault.erasing is None:
             return
         committer.run(lambda: _empty_log(vault), fatal=True).result()
+
+
+def _old_windows(vault: Vault, before_s: float) -> bool:
+    """Whether remembered answers are too old. Damaged ones stay, and refuse the calls that need them."""
+    try:
+        return vault.reading(lambda reader: reader.old_windows(before_s))
+    except Refused:
+        return False
 
 
 def _forget_windows(vault: Vault, before_s: float) -> None:
