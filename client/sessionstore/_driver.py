@@ -22,7 +22,14 @@ from sessionstore._calls import (
     age_clock,
     too_many_calls,
 )
-from sessionstore._fork import Forkable, enable_fork_support, inside_grpc, watch
+from sessionstore._fork import (
+    Forkable,
+    Interruptible,
+    enable_fork_support,
+    inside_grpc,
+    interruptible,
+    watch,
+)
 from sessionstore._mirror import Bounds, Mirror
 from sessionstore._near import Keeper
 from sessionstore._operations import INFO, METHODS, WATCH, Method, Operation, Rpc, Value
@@ -46,6 +53,16 @@ BETWEEN_ROUNDS_S = 0.1
 
 class ChannelGoneError(Exception):
     """The channel was closed before an attempt began: nothing was sent."""
+
+
+class _Waiting(Interruptible):
+    """A call that the daemon may answer late. A fork ends the attempt, which is then made again."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def interrupt(self) -> bool:
+        return bool(self._call.cancel())
 
 
 class Connection:
@@ -136,9 +153,11 @@ class Connection:
                 if calls is self._calls and not self.closed:
                     raise
                 raise ChannelGoneError from None
+            waiting = _Waiting(call)
+            interruptible(waiting)  # held here: it is known as long as it waits
         try:
             return call.result()
-        except grpc.FutureCancelledError:  # the channel was closed
+        except grpc.FutureCancelledError:  # the channel was closed, or the process forks
             raise call from None
         except BaseException:
             call.cancel()  # of a caller who was interrupted: the daemon shall not keep its place

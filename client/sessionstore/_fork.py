@@ -6,9 +6,9 @@ children hung; with it, and three threads calling meanwhile, 4 of 4; with it and
 
 So, before the first channel, the setting is made (unless the environment says otherwise), and a gate lets
 a fork wait, for five seconds at the most, until calls under way have returned, while no new one enters. A
-call that waits for a retry is not inside, and a stream that waits for events is ended before a fork; whoever
-reads it goes on with another one. Only sync clients use the gate: an `AsyncSessionStore` is of no
-use after a fork.
+call that waits for a retry is not inside. A stream that waits for events, and a call that waits for a lease,
+is ended before a fork; whoever waits for it makes another one. Only sync clients use the gate: an
+`AsyncSessionStore` is of no use after a fork.
 """
 
 import os
