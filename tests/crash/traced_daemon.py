@@ -26,6 +26,7 @@ _JOURNAL = {
     "put_entries": "catalogue",
     "put_windows": "catalogue",
     "finish_checkpoint": "catalogue",
+    "prune_feed": "catalogue",
     "wal_checkpoint": "log",
 }
 
@@ -67,9 +68,9 @@ class TracedDisk(Disk):
 
 def _traced(method: Callable[..., object], phase: str, phases: Phases) -> Callable[..., object]:
     @wraps(method)
-    def within(*arguments: object) -> object:
+    def within(*arguments: object, **options: object) -> object:
         with phases.within(phase):
-            return method(*arguments)
+            return method(*arguments, **options)
 
     return within
 
