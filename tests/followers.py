@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from sessionstore.v1 import session_pb2
+from sessionstore.v1 import session_pb2, session_store_pb2
 from sessionstore.v1 import session_store_pb2 as v1
 from sessionstored.engine import Engine
 from sessionstored.rules import DEFAULT_LIMITS
@@ -41,6 +41,10 @@ class Follower:
     wholes: int = 0
     skipped: int = 0
     events: int = 0
+    order: list[tuple[str, int, session_store_pb2.Lease | None, bool]] = field(default_factory=list)
+    """What came, in its order: (key, revision, None, False), or of a lease: (key, 0, lease, ended)."""
+    shown: set[tuple[str, bytes]] = field(default_factory=set)
+    """(key, message) of what came in events that were whole."""
     _parts: dict[str, tuple[int, list[bytes], bool]] = field(default_factory=dict)
     """Key -> revision, the messages so far, and whether what was held goes."""
     _parts_given: dict[str, list[bytes]] = field(default_factory=dict)
@@ -65,6 +69,9 @@ class Follower:
     def apply(self, event: v1.WatchEvent) -> None:
         """Apply an event."""
         self.events += 1
+        if event.WhichOneof("change") == "lease":  # it says nothing of what the session holds
+            self.order.append((event.key, 0, event.lease.lease, event.lease.ended))
+            return
         known = self.revisions.get(event.key, 0)
         if event.revision <= known:
             self.skipped += 1
@@ -74,6 +81,7 @@ class Follower:
                 # It needs nothing before it: what it ended may have been gone before it could be given.
                 self.sessions.pop(event.key, None)
                 self.revisions[event.key] = event.revision
+                self.order.append((event.key, event.revision, None, False))
             case "changed":
                 self._change(event, event.changed, known)
             case other:
@@ -102,7 +110,9 @@ class Follower:
         if change.start + change.delete_count > len(lines):
             raise Gap(f"{key}: {len(lines)} messages are held, the event begins at {change.start}")
         lines[change.start : change.start + change.delete_count] = new
-        if not whole:
+        if whole:
+            self.shown.update((key, line) for line in new)
+        else:
             self._parts_given.setdefault(key, []).extend(new)
         if change.partial:
             self._parts[key] = event.revision, lines, whole
@@ -111,6 +121,7 @@ class Follower:
         assert change.session.message_count == len(lines), (key, change.session, len(lines))
         self.sessions[key] = Held(change.session, lines)
         self.revisions[key] = event.revision
+        self.order.append((key, event.revision, None, False))
         self.given.update((key, line) for line in self._parts_given.pop(key, ()))
 
 

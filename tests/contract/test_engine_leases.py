@@ -1,5 +1,6 @@
 """What every engine must do with leases: one holder at a time, fenced writes, and the same over a restart."""
 
+import asyncio
 import random
 import shutil
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from engines import DURABLE_KINDS, STRAINED, Clock, done, lines, one, open_kind, read, request
+from followers import Following
 from sessionstored.engine import Engine, Reply, Request
 from sessionstored.engine.jsonl import DEFAULT_TUNING, JsonlEngine, open_jsonl
 from sessionstored.engine.jsonl.records import LeaseRecord, read_row
@@ -329,6 +331,26 @@ async def test_the_feed_has_what_became_of_leases(tmp_path: Path, monkeypatch: p
             (LeaseEvent.ACQUIRED, taken.token),
         ]
         assert records[0].lease == lease
+    finally:
+        await engine.close()
+
+
+async def test_a_watcher_is_told_of_a_lease_that_nobody_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a checkpoint forgets has ended for watchers, too."""
+    clock = Clock(monkeypatch)
+    engine = await open_jsonl(tmp_path)
+    try:
+        following = Following(engine)
+        lease = await acquire(engine, ttl_s=60.0)
+        clock.steady_s = 61
+        assert isinstance(engine, JsonlEngine)
+        await asyncio.to_thread(engine._maintenance.checkpoint)
+        follower = await following.catch_up()
+        told = [(each.fencing_token, ended) for _, _, each, ended in follower.order if each is not None]
+        assert told == [(lease.token, False), (lease.token, True)]
+        await following.close()
     finally:
         await engine.close()
 

@@ -213,7 +213,10 @@ class MemoryEngine:
     def lease_count(self) -> int:
         """How many leases are in force."""
         if len(self._leases) >= self._limits.leases_max:
-            self._leases.update(dict.fromkeys(self._leases.lapsed(self._clock_s())))
+            for key in self._leases.lapsed(self._clock_s()):
+                lapsed = self._leases.get(key)
+                assert lapsed is not None
+                self.change_lease(lapsed, LeaseEvent.LAPSED)
         return len(self._leases)
 
     # Reads.

@@ -17,7 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import apsw
+
 from sessionstored.engine import Refused
+from sessionstored.engine.events import lease_told
 from sessionstored.engine.feed import DEFAULT_FEED_LIMITS, FeedLimits
 from sessionstored.engine.jsonl.answers import StoredRequest
 from sessionstored.engine.jsonl.catalogue import Entry
@@ -26,9 +29,10 @@ from sessionstored.engine.jsonl.damage import condemn
 from sessionstored.engine.jsonl.erasure import erase
 from sessionstored.engine.jsonl.expiring import Expiring
 from sessionstored.engine.jsonl.files import FileChanged, Region
+from sessionstored.engine.jsonl.records import LeaseRecord, Row
 from sessionstored.engine.jsonl.state import File, State
 from sessionstored.engine.jsonl.vault import Vault
-from sessionstored.leases import Lease
+from sessionstored.leases import Lease, LeaseEvent
 from sessionstored.rules import Head, Refusal
 from sessionstored.windows import FORGET_SLACK_S, CallWindow
 
@@ -41,6 +45,7 @@ _ANSWERS_PER_TRANSACTION = 2000
 _WAL_BYTES_MAX = 64 << 20
 _SWEEP_ROWS = 1000
 _STEPS_PER_LOG = 4
+_LAPSED_MAX = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +320,7 @@ class Maintenance:
         vault = self._vault
         if not vault.dirty and not vault.backlog_bytes:
             return None
+        self._end_lapsed_leases()
         complete: list[_Captured] = []
         gone: list[State] = []
         needed_from: int | None = None
@@ -396,7 +402,6 @@ class Maintenance:
             vault.to_erase(0)
         vault.backlog_bytes -= passed_bytes
         vault.feed_bytes += passed_bytes
-        self._drop_lapsed_leases(now)
         vault.windows.written(captured.clients, captured.requests)
         with vault.lock:
             for state in (gone[key] for key in buried):
@@ -407,13 +412,32 @@ class Maintenance:
                 if one.state.head is not None and one.state.file is one.file:  # else it has no row, perhaps
                     vault.release_name(one.entry.file)
 
-    def _drop_lapsed_leases(self, now: float) -> None:
-        """Forget leases that ran out and that nobody has asked for since. On the committer's thread."""
+    def _end_lapsed_leases(self) -> None:
+        """Forget leases that ran out and that nobody has asked for since; watchers are told of each.
+
+        On the committer's thread. On a full disk they stay for the next time: nobody is kept out by them.
+        """
         vault = self._vault
-        lapsed: dict[str, Lease | None] = dict.fromkeys(vault.leases.lapsed(now))
-        if lapsed:
-            vault.journal.put_leases(lapsed)
+        now = vault.clock_s()
+        row, events = Row(), []
+        lapsed: dict[str, Lease | None] = {}
+        for key in vault.leases.lapsed(now)[:_LAPSED_MAX]:
+            lease = vault.leases.get(key)
+            assert lease is not None
+            row.lease(LeaseRecord(LeaseEvent.LAPSED, lease))
+            events.append(lease_told(lease, LeaseEvent.LAPSED))
+            lapsed[key] = None
+        if not lapsed:
+            return
+        try:
+            vault.commit_row(row, now, (), lapsed)
+        except (apsw.Error, OSError) as error:
+            if is_disk_full(error):
+                return
+            raise
+        with vault.lock:
             vault.leases.update(lapsed)
+            vault.publish(vault.row_id, events)
 
     def _shorten_wal(self) -> None:
         """Move the write-ahead log into the database: most of it beside the committer, the rest within."""
