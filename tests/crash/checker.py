@@ -8,7 +8,8 @@ outcome happened once, within its time, or never; and the last state is the chai
 piece and there once because states are compared message by message.
 
 `check` returns what is wrong, and nothing if nothing is. Pure: no I/O, no clock. Knows no store and no wire.
-A fork may copy only from a key whose own history does not depend on the fork's.
+A fork may copy only from a key whose own history does not depend on the fork's. What leases allow is for
+`lease_checker`.
 """
 
 from collections import defaultdict
@@ -20,6 +21,7 @@ from crash.diagnosis import Found, Written, diagnose, fits
 from crash.operations import (
     ACKNOWLEDGED,
     FOREVER,
+    LEASES,
     READ,
     UNKNOWN,
     Inapplicable,
@@ -57,6 +59,12 @@ class _World:
     state: State | None
     revision: int | None
     used: frozenset[tuple[str, int]] = frozenset()
+    rewritten: int = 0
+    """The revision of the last change that was not only an addition at the end; FOREVER: not known yet."""
+
+    def holds(self, revision: int) -> bool:
+        """Whether the session still begins with the messages of that revision."""
+        return self.state is not None and self.rewritten <= revision
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +93,7 @@ def check(operations: Iterable[Operation], final: Mapping[str, tuple[int, State]
 
     """
     violations: list[Violation] = []
-    calls = _merged(operations, violations)
+    calls = merged((each for each in operations if each.kind not in LEASES), violations)
     by_key: defaultdict[str, list[Operation]] = defaultdict(list)
     sources: defaultdict[str, set[str]] = defaultdict(set)
     for call in calls:
@@ -102,7 +110,7 @@ def check(operations: Iterable[Operation], final: Mapping[str, tuple[int, State]
     return violations
 
 
-def _merged(operations: Iterable[Operation], violations: list[Violation]) -> list[Operation]:
+def merged(operations: Iterable[Operation], violations: list[Violation]) -> list[Operation]:
     """One record per call. Its copies must agree on the answer."""
     calls: dict[object, Operation] = {}
     for n, each in enumerate(operations):
@@ -116,8 +124,9 @@ def _merged(operations: Iterable[Operation], violations: list[Violation]) -> lis
         if not known:
             calls[identity] = replace(first, begin_ns=begin, end_ns=max(first.end_ns, each.end_ns))
             continue
-        if len(known) == 2 and (first.outcome, first.revision) != (each.outcome, each.revision):
-            detail = f"{each.process} {each.sequence} was answered with two revisions: {known}"
+        answers = {(one.outcome, one.revision, one.token) for one in known}
+        if len(answers) > 1:
+            detail = f"{each.process} {each.sequence} was answered in two ways: {known}"
             violations.append(Violation("duplicate", each.key, detail, max(1, len(each.messages))))
         calls[identity] = replace(known[0], begin_ns=begin, end_ns=min(one.end_ns for one in known))
     return list(calls.values())
@@ -213,13 +222,17 @@ class _Chain:
             if not event.changed:
                 seen = state is not None and world.revision in (None, event.revision)
                 if seen and event.revision >= self._revision and self._looks_right(event, state):
-                    found.add(_World(state, event.revision, world.used))
+                    rewritten = min(world.rewritten, event.revision)
+                    found.add(_World(state, event.revision, world.used, rewritten))
                 continue
             if event.revision <= self._revision or not _comes_upon(event, world, self._revision):
                 continue
             for after in self._outcomes(event, state):
                 if _answer_fits(event, state, after):
-                    found.add(_World(after, event.revision, world.used))
+                    rewritten = min(world.rewritten, event.previous_revision)
+                    if not _only_adds(event, state):
+                        rewritten = event.revision
+                    found.add(_World(after, event.revision, world.used, rewritten))
         return found
 
     def _looks_right(self, event: Operation, state: State | None) -> bool:
@@ -262,7 +275,9 @@ class _Chain:
                 if (call.process, call.sequence) in world.used or not _may_come_upon(call, world):
                     continue
                 for state in self._outcomes(call, world.state):
-                    after = _World(state, None, world.used | {(call.process, call.sequence)})
+                    rewritten = world.rewritten if _only_adds(call, world.state) else FOREVER
+                    used = world.used | {(call.process, call.sequence)}
+                    after = _World(state, None, used, rewritten)
                     if state != world.state and after not in seen:
                         seen.add(after)
                         edge.append(after)
@@ -334,7 +349,9 @@ def _comes_upon(event: Operation, world: _World, revision: int) -> bool:
     """Whether the revision that a change came upon can be a world's."""
     previous, expected = event.previous_revision, event.expected_revision
     if expected is not None and event.kind != "fork" and expected != previous:
-        return False
+        unseen = world.revision is None and expected > revision
+        if not (event.allow_appends and expected < previous and (unseen or world.holds(expected))):
+            return False
     if world.state is None:
         return previous == 0
     if world.revision is None:
@@ -349,7 +366,18 @@ def _may_come_upon(call: Operation, world: _World) -> bool:
         return True
     if world.state is None:
         return expected == 0
+    if call.allow_appends and world.holds(expected):
+        return True
     return world.revision in (None, expected)
+
+
+def _only_adds(call: Operation, state: State | None) -> bool:
+    """Whether who holds earlier messages of the session still holds right ones after this call."""
+    if state is None:
+        return False
+    if call.kind == "replace":
+        return call.start == len(state.messages)
+    return call.kind in ("append", "update")
 
 
 def _answer_fits(event: Operation, before: State | None, after: State | None) -> bool:

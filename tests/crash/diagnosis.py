@@ -10,7 +10,11 @@ from itertools import pairwise
 
 from crash.operations import DAMAGED, READ, REFUSED, UNKNOWN, Operation, State
 
-KINDS = ("lost", "stale read", "duplicate", "torn", "reordering", "invented", "wrong")
+KINDS = (
+    "lost", "stale read", "duplicate", "torn", "reordering", "invented", "wrong",
+    "two holders", "late write", "foreign write", "token", "unjustified",
+)  # fmt: skip
+"""The last five are of leases."""
 
 
 @dataclass(frozen=True, slots=True)

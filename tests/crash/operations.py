@@ -13,6 +13,8 @@ ACKNOWLEDGED, UNKNOWN, REFUSED = "acknowledged", "unknown", "refused"
 DAMAGED = "damaged"
 """Refused, because the session is damaged. The checker takes it as any refusal."""
 READ = "read"
+LEASES = ("acquire", "renew", "release", "lease")
+"""Kinds of calls about leases; `lease` asks who has it. They change no session."""
 FOREVER = 1 << 62
 
 
@@ -33,7 +35,7 @@ class Operation:
 
     process: str
     kind: str
-    """append, create, replace, pop, update, fork, delete or read."""
+    """append, create, replace, pop, update, fork, delete, read, or one of LEASES."""
     key: str
     begin_ns: int
     """When its first copy was sent."""
@@ -51,6 +53,13 @@ class Operation:
     source_key: str = ""
     at: int | None = None
     expected_revision: int | None = None
+    allow_appends: bool = False
+    """Of a replace: a later revision will do if messages were only added since. Of an acquire: the mode."""
+    fencing_token: int = 0
+    """The lease that it is made under, or speaks of; 0: none."""
+    ttl_ns: int = 0
+    waits: bool = False
+    """It waits for a lease of somebody else."""
 
     revision: int = 0
     previous_revision: int = 0
@@ -59,13 +68,26 @@ class Operation:
     popped: str | None = None
     seen: State | None = None
     """What a read saw; None: that there is no such session."""
+    token: int = 0
+    """The lease that was granted, or seen; of a release: that it was in force until then."""
+    holder: str = ""
+    """Of an acquire: who asks."""
+    held_by: str = ""
+    """Who has the lease, as a refusal or `lease` names it."""
+    replayed: bool = False
+    """An acquire was answered by an earlier copy of it: the lease may be over since."""
+    reason: str = ""
+    """Why it was refused, as the daemon names it; empty if nobody noted it."""
 
     def __str__(self) -> str:
         asked = {
             name: getattr(self, name)
-            for name in ("start", "delete_count", "at", "expected_revision", "last_consolidated", "metadata")
+            for name in (
+                "start", "delete_count", "at", "expected_revision", "allow_appends", "last_consolidated",
+                "metadata", "fencing_token", "token", "holder", "held_by", "reason",
+            )
             if getattr(self, name)
-        }
+        }  # fmt: skip
         return (
             f"{self.process}'s {self.kind} {self.sequence} {list(self.messages) or ''} {asked or ''} "
             f"[{self.begin_ns}, {self.end_ns}] {self.outcome}: {self.previous_revision} -> {self.revision}, "
@@ -75,7 +97,8 @@ class Operation:
     @property
     def changed(self) -> bool:
         """Whether it is acknowledged and gave its session a new revision."""
-        return self.kind != READ and self.outcome == ACKNOWLEDGED and self.revision != self.previous_revision
+        writes = self.kind not in (READ, *LEASES) and self.outcome == ACKNOWLEDGED
+        return writes and self.revision != self.previous_revision
 
     def line(self) -> bytes:
         """One line of a log."""

@@ -20,6 +20,7 @@ COPY = "duplicate: applied again by its copy"
 EXCHANGED = "reordering: a revision before that of an earlier call"
 OWN = "stale read: an older state with its own revision"
 NEWEST = "stale read: an older state under the newest revision"
+PAST = "wrong: a replacement of what was rewritten since"
 # What is injected, and as what it may be seen: a read right after a loss may look stale.
 FAULTS = {
     "lost: acknowledged and never applied": ("lost", "stale read"),
@@ -35,6 +36,7 @@ FAULTS = {
     EXCHANGED: ("reordering",),
     "invented: a message that nobody wrote": ("invented",),
     "wrong: a removed message is back": ("wrong", "torn"),
+    PAST: ("wrong",),
 }
 
 
@@ -44,6 +46,8 @@ class Session:
     messages: list[str] = field(default_factory=list)
     last_consolidated: int = 0
     metadata: str = ""
+    rewritten: int = 0
+    """The revision of the last change that was not only an addition at the end."""
 
     def copy(self) -> "Session":
         return replace(self, messages=list(self.messages))
@@ -115,7 +119,14 @@ class PretendedStore:
         session = self.sessions.get(call.key)
         subject = self.sessions.get(call.source_key) if call.kind == "fork" else session
         if call.expected_revision not in (None, subject.revision if subject else 0):
-            raise Refuse
+            if not (call.allow_appends and subject and call.expected_revision < subject.revision):
+                raise Refuse
+            if subject.rewritten > call.expected_revision:
+                in_range = call.start + (call.delete_count or 0) <= len(subject.messages)
+                if self.fault != PAST or self.hit or not in_range:
+                    raise Refuse
+                self.hit = call.key
+        before = session
         previous, count, popped = session.revision if session else 0, len(call.messages), None
         first = None
         if call.kind == "append":
@@ -146,6 +157,9 @@ class PretendedStore:
                 return replace(same, message_count=len(session.messages))
         self.revision += self.rng.randint(1, 3)
         session.revision = self.revision
+        added = call.kind == "replace" and before is not None and call.start == len(before.messages)
+        if before is None or not (added or call.kind in ("append", "update")):
+            session.rewritten = self.revision
         self.sessions[call.key] = session
         assert first is None or len(session.messages) == first + count
         return replace(
@@ -223,7 +237,7 @@ class History:
     """The key in whose history the fault is; empty if there was no chance for it."""
 
 
-class _World:
+class World:
     """The clock, the store, and what was recorded."""
 
     def __init__(self, seed: int, fault: str) -> None:
@@ -259,7 +273,7 @@ class _World:
                 heapq.heappush(self._waiting, (self.now + delay, number, process))
 
 
-def _live(world: _World, name: str, retries: bool, calls: int) -> Iterator[int]:
+def _live(world: World, name: str, retries: bool, calls: int) -> Iterator[int]:
     """One process. An answer may get lost, before or after its call took effect."""
     rng, store = world.rng, world.store
     known: dict[str, tuple[int, int]] = {}
@@ -302,7 +316,7 @@ def _land_late(store: PretendedStore, call: Operation, late: int) -> Iterator[in
     store.fault = fault
 
 
-def _next_call(world: _World, name: str, sequence: int, known: dict[str, tuple[int, int]]) -> Operation:
+def _next_call(world: World, name: str, sequence: int, known: dict[str, tuple[int, int]]) -> Operation:
     """What a process asks for next."""
     rng = world.rng
     kinds = ("append", "read", "replace", "pop", "update", "delete", "create", "fork")
@@ -318,7 +332,10 @@ def _next_call(world: _World, name: str, sequence: int, known: dict[str, tuple[i
     if kind == "replace":
         start = rng.randint(0, count)
         deleted = rng.choice((None, 0, rng.randint(0, count - start)))
-        return replace(call, start=start, delete_count=deleted, messages=batch[: rng.randrange(3)])
+        call = replace(call, start=start, delete_count=deleted, messages=batch[: rng.randrange(3)])
+        if deleted is not None and call.messages and rng.random() < 0.5:
+            return replace(call, expected_revision=revision, allow_appends=True)
+        return call
     if kind == "update" and rng.random() < 0.5:
         return replace(call, metadata=f"{name}.{sequence}")
     if kind == "update":
@@ -338,7 +355,7 @@ def random_history(seed: int, fault: str = "", processes: int = 4, calls: int = 
         calls: how many calls each makes.
 
     """
-    world = _World(seed, fault)
+    world = World(seed, fault)
     for n in range(processes):
         world.begin(_live(world, f"p{n}", n % 2 == 0, calls))
     world.run()
@@ -356,7 +373,7 @@ def _state(session: Session) -> State:
     return State(tuple(session.messages), session.last_consolidated, session.metadata)
 
 
-def _exchange_times(world: _World) -> str:
+def _exchange_times(world: World) -> str:
     """Let two changes of one session, one after the other, seem to have come the other way round."""
     changes = [each for each in world.operations if each.changed]
     for first in changes:
