@@ -14,7 +14,7 @@ from crash.tally import Tally
 from daemons import Daemon
 
 BUSY = ("--checkpoint-s-max", "0.1")
-_LAUNCHER = (sys.executable, str(Path(__file__).parent / "traced_daemon.py"))
+LAUNCHER = (sys.executable, str(Path(__file__).parent / "traced_daemon.py"))
 
 
 def kill_storm(
@@ -33,7 +33,7 @@ def kill_storm(
     rng = random.Random(seed)
     tally = Tally()
     phases = Phases(root / "phases")
-    launcher = (*_LAUNCHER, "--phases", str(root / "phases"))
+    launcher = (*LAUNCHER, "--phases", str(root / "phases"))
     daemon = Daemon(root / "data", store="jsonl", flags=flags, launcher=launcher)
     try:
         daemon.start()

@@ -11,6 +11,7 @@ from crash import (
     failing_calls,
     floods,
     full_disks,
+    hammer,
     kills,
     large_directory,
     lost_writes,
@@ -24,6 +25,7 @@ from crash.tally import Rung
 RUNGS = (
     Rung("kill -9 under four writing processes", kills.run, full=200, sample=4, phases_min=AIMED_AT),
     Rung("kill -9, durability os", kills.run_at_os, full=20, sample=2),
+    Rung("kill -9 under sixteen processes with leases", hammer.run, full=8, sample=1),
     Rung(
         "power cut",
         power_cuts.run,

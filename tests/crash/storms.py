@@ -36,7 +36,7 @@ WRITERS = 4
 ACKNOWLEDGED_MIN = 20
 """So many calls must be acknowledged after one fault before the next one counts."""
 PATIENCE_S = 120.0
-_COLUMNS = {"lost": "lost", "duplicate": "duplicated", "torn": "torn"}
+COLUMNS = {"lost": "lost", "duplicate": "duplicated", "torn": "torn"}
 
 
 class Storm:
@@ -126,7 +126,7 @@ class Storm:
             process.wait(PATIENCE_S)
         self._look_after_writers()
         records = self._records(tally)
-        final = {key: _final(self._daemon, key) for key in (*KEYS, *FORKS)}
+        final = {key: final_state(self._daemon, key) for key in (*KEYS, *FORKS)}
         assert self._daemon.terminate() == 0, self._daemon.stderr
         damaged = {record.key for record in records if record.outcome == DAMAGED}
         damaged |= {key for key, state in final.items() if state == DAMAGED}
@@ -134,10 +134,10 @@ class Storm:
         begun = time.monotonic()
         judged = [record for record in records if record.key in healthy and record.source_key not in damaged]
         for violation in check(judged, healthy):
-            tally.lose(_COLUMNS.get(violation.kind, "wrong"), str(violation), violation.count)
+            tally.lose(COLUMNS.get(violation.kind, "wrong"), str(violation), violation.count)
         for key in damaged:
             tally.lose("lost", f"{key} was served as damaged")
-        _judge_files(self._daemon.data, healthy, damaged, tally)
+        judge_files(self._daemon.data, healthy, damaged, tally)
         for record in records:
             if record.kind != READ and record.outcome in (ACKNOWLEDGED, UNKNOWN):
                 count = getattr(tally, record.outcome) + max(1, len(record.messages))
@@ -173,7 +173,7 @@ class Storm:
         return None
 
 
-def _final(daemon: Daemon, key: str) -> tuple[int, State] | str | None:
+def final_state(daemon: Daemon, key: str) -> tuple[int, State] | str | None:
     """A session as it is served in the end; DAMAGED if it is not."""
     request = session_store_pb2.GetSessionRequest(key=key)
     try:
@@ -191,7 +191,7 @@ def _final(daemon: Daemon, key: str) -> tuple[int, State] | str | None:
     return head.revision, State(messages, head.last_consolidated, note)
 
 
-def _judge_files(
+def judge_files(
     data: Path, final: Mapping[str, tuple[int, State] | None], damaged: Collection[str], tally: Tally
 ) -> None:
     """After a clean stop, a plain reader finds in the files of whole sessions what the daemon said."""
