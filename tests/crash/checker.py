@@ -32,7 +32,7 @@ from crash.operations import (
 
 FINAL = "the end"
 """The process that every last state is read by."""
-_WORLDS_MAX = 5_000
+_WORLDS_MAX = 40_000
 
 
 class Undecidable(Exception):

@@ -45,7 +45,7 @@ KINDS = ("sync", "async", "raw", "sync", "async", "raw", "sync", "raw") * 2
 """Of the sixteen processes."""
 CALLS_PER_KILL = 15
 """So many steps each process takes for each kill that is due."""
-_ACKNOWLEDGED_PER_KILL = 5 * ACKNOWLEDGED_MIN
+_ACKNOWLEDGED_PER_KILL = 10 * ACKNOWLEDGED_MIN
 _PATIENCE_S = 300.0
 
 

@@ -34,6 +34,8 @@ TTL_S = 1
 MESSAGES_MAX = 30
 _TIMEOUT_S = 60.0
 _SHORT_S = 0.3
+_RETRIED = 0.85
+"""Of the calls without an answer: the checker tries every order of those that stay unknown."""
 _OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_retries", 0),
@@ -117,7 +119,7 @@ class Client(Worker):
             else:
                 self._call(handle)
         except OutcomeUnknownError as error:
-            if rng.random() < 0.5:
+            if rng.random() < _RETRIED:
                 with suppress(OutcomeUnknownError, *REFUSALS):
                     error.retry()
         except REFUSALS:
@@ -325,7 +327,7 @@ class Raw(Worker):
             return
         self._channel.close()  # so that nothing is still under way
         self._connect()
-        if rng.random() < 0.5:
+        if rng.random() < _RETRIED:
             time.sleep(rng.random() * 0.2)
             self._send(unknown)
 
