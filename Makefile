@@ -38,10 +38,10 @@ test-all: check ## the same with the slow tests: full kill storms and floods
 torture: $(READY) ## break everything on purpose, and print a table of what was lost; ARGS="--only TEXT --seed N"
 	@exec $(BIN)/python tests/crash/torture.py $(ARGS)
 
-bench: $(BENCH_READY) ## measure ours and the peers, write bench/RESULTS.md; about an hour, wants an idle machine
+bench: $(READY) $(BENCH_READY) ## measure ours and the peers, write bench/RESULTS.md; half an hour, on an idle machine
 	@exec .venv-bench/bin/python -m bench $(ARGS)
 
-bench-quick: $(BENCH_READY) ## the same in under 3 minutes, for directions; writes build/bench/RESULTS.md
+bench-quick: $(READY) $(BENCH_READY) ## the same in under 3 minutes, for directions; writes build/bench/RESULTS.md
 	@exec .venv-bench/bin/python -m bench --size quick $(ARGS)
 
 check: $(READY) ## lint and types of Python and proto, and that the generated code is fresh

@@ -18,6 +18,7 @@ def crowds(run: Run) -> None:
     opened = _open(run)
     try:
         subjects = [(name, callers) for name in opened for callers in _callers(name, run.sizes.crowd_callers)]
+        subjects.sort(key=lambda subject: subject[1])  # what is compared is measured within the same minute
         for n, order in run.rounds(subjects):
             for name, callers in order:
                 os.sync()

@@ -35,7 +35,8 @@ def environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith(("SESSIONSTORE", "XDG_", "PG"))
     }
-    return kept | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    here = str(Path(__file__).parent.parent)
+    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, [here, kept.get("PYTHONPATH")]))}
 
 
 class Server:
