@@ -4,6 +4,7 @@ import argparse
 import os
 import shlex
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -26,6 +27,7 @@ HERE = Path(__file__).parent
 def main(arguments: list[str]) -> int:
     """Run. 0 if everything ran, whatever the bars say."""
     options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers and data go, too
     sizes = SIZES[options.size]
     out = options.out or (HERE if sizes.name == "full" else HERE.parent / "build" / "bench")
     machine = place.machine(options.dir)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.servers import environment
+from bench.servers import NotHere, environment
 
 PROCESSES = 2
 _AHEAD_S = 0.1
@@ -38,6 +38,7 @@ class Crowd:
         """Start the processes; every caller gets sessions of its own among `prefix``n`.
 
         Raises:
+            NotHere: a package is missing.
             RuntimeError: the driver could not be opened; the text ends with why.
 
         """
@@ -99,5 +100,8 @@ class Crowd:
         line = stdout.readline()
         if not line:
             self.close()
-            raise RuntimeError(f"a worker ended: {self._logs[n].read_text()[-1500:]}")
+            said = self._logs[n].read_text().strip()
+            if "ModuleNotFoundError" in said:
+                raise NotHere(said.splitlines()[-1])
+            raise RuntimeError(f"a worker ended: {said[-1500:]}")
         return line

@@ -6,6 +6,7 @@ nothing.
 
 import os
 import platform
+import subprocess
 import tempfile
 from importlib import metadata
 from pathlib import Path
@@ -64,9 +65,22 @@ def machine(parent: Path) -> list[str]:
     ]
 
 
+def _commit() -> str:
+    """The commit that is checked out, if this is a git repository with git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return f" at {done.stdout.strip()}" if done.returncode == 0 else ""
+
+
 def versions() -> list[str]:
     """What Python packages take part."""
-    found = [f"Python {platform.python_version()}", f"sessionstore {metadata.version('sessionstore')}"]
+    found = [
+        f"Python {platform.python_version()}",
+        f"sessionstore {metadata.version('sessionstore')}{_commit()}",
+    ]
     for name in _PACKAGES:
         try:
             found.append(f"{name} {metadata.version(name)}")
