@@ -50,13 +50,11 @@ def scale(run: Run) -> None:
         for name, sessions in sizes.items():
             server = servers[name] = Ours(name, run.folder, run.folder / name)
             stack.callback(server.stop)
+            run.say(f"starting with {sessions:,} sessions")
+            server.start()
             for n in range(run.sizes.starts):
-                run.say(f"starting with {sessions:,} sessions")
-                server.start()
                 server.stop()
                 run.results.add(("scale", name, "start_s"), n, server.start())
-                if n < run.sizes.starts - 1:
-                    server.stop()
             store = stack.enter_context(SessionStore(server.target))
             calls |= _calls(name, store, sessions)
         run.time_calls(calls, run.sizes.alone)
