@@ -33,15 +33,15 @@ def main(arguments: list[str]) -> int:
     machine = place.machine(options.dir)
     folder = place.make(options.dir, any_file_system=options.size == "tiny")
     run = Run(folder, sizes, peers=not options.no_peers)
+    command = "python -m bench " + shlex.join(arguments)
     try:
         _all(run, options.only)
+        verdicts = judge(run.results, sizes)
+        report.write(out, run.results, verdicts, sizes, command, machine)
     finally:
         run.say("stopping the servers, removing the data")
         run.close()
         shutil.rmtree(folder)
-    verdicts = judge(run.results, sizes)
-    command = "python -m bench " + shlex.join(arguments)
-    report.write(out, run.results, verdicts, sizes, command, machine)
     print(report.summary(run.results))
     print(f"written: {out / 'RESULTS.md'}\n")
     for verdict in verdicts:

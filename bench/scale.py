@@ -1,7 +1,6 @@
 """Workloads over many sessions: a page of a long list, and a store of a million. Bars B12 and B13."""
 
 import random
-import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -32,7 +31,6 @@ def listing(run: Run) -> None:
             {("listing", "ours"): _list(store), ("listing", "bare unary"): floors(run, stack).unary(64)},
             run.sizes.alone,
         )
-    shutil.rmtree(data)
 
 
 def scale(run: Run) -> None:
@@ -61,8 +59,6 @@ def scale(run: Run) -> None:
         for name, sessions in sizes.items():
             _touch(servers[name].target, sessions)
             run.results.add(("scale", name, "resident_gib"), 0, servers[name].resident_bytes() / (1 << 30))
-    for name in sizes:
-        shutil.rmtree(run.folder / name)
 
 
 def _calls(name: str, store: SessionStore, sessions: int) -> dict[Subject, Callable[[], object]]:
