@@ -4,6 +4,7 @@ import asyncio
 import tempfile
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from engines import KINDS, Clock, done, lines, one, open_kind, read, refused, re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sessionstored.engine import Engine, Order, Query, Refused, Request
+from sessionstored.engine.events import Event
+from sessionstored.leases import Acquire, Granted, Release, Released
 from sessionstored.retention import NEVER_US, Retention
 from sessionstored.rules import (
     Answer,
@@ -136,17 +139,54 @@ async def test_a_rule_counts_from_the_last_change(engine: Engine, clock: Clock) 
 
 
 async def test_a_lease_makes_the_end_wait(engine: Engine, clock: Clock) -> None:
-    held = {"k"}
-    owner = getattr(engine, "_vault", engine)
-    owner.lease_in_force = held.__contains__
     await done(engine, Create("k", [A], expire_time_us=in_s(1000)))
-    passes(clock, 2000)
-    (kept,) = await submit(engine, Expire("k"))
-    assert isinstance(kept, Answer)
-    await done(engine, Append("k", [B]))
+    passes(clock, 990)
+    granted = (await one(engine, Request(Acquire("k", "holder", 60.0)))).outcome
+    assert isinstance(granted, Granted)
+    passes(clock, 50)
+    assert (await refused(engine, Expire("k"))).reason == "LEASE_HELD"
+    fenced = Request(Append("k", [B]), fencing_token=granted.lease.token)
+    assert isinstance((await one(engine, fenced)).outcome, Answer)
     assert (await lines(engine, "k"), await keys(engine)) == ([A, B], ["k"])
-    held.clear()
+    assert (await one(engine, Request(Release("k", granted.lease.token)))).outcome == Released(True)
     assert await is_gone(engine, "k")
+
+
+async def test_a_write_after_the_lease_ran_out_begins_a_new_session(engine: Engine, clock: Clock) -> None:
+    await done(engine, Create("k", [A], expire_time_us=in_s(1000)))
+    await done(engine, Append("other", [B]))
+    for mutation in (Append("k", [B]), Fork("k", "other"), Create("k", [B])):
+        passes(clock, 1001)
+        assert isinstance((await one(engine, Request(Acquire("k", "holder", 60.0)))).outcome, Granted)
+        passes(clock, 61)
+        new = await done(engine, mutation)
+        assert (new.previous_revision, await lines(engine, "k")) == (0, [B])
+        await done(engine, Update("k", expire_time_us=in_s(1000)))
+
+
+async def test_acquiring_the_lease_of_an_expired_session_does_not_bring_it_back(
+    engine: Engine, clock: Clock
+) -> None:
+    await done(engine, Create("k", [A], expire_time_us=in_s(1000)))
+    passes(clock, 1001)
+    assert await is_gone(engine, "k")
+    watcher = engine.watch("", (), b"")
+    granted = (await one(engine, Request(Acquire("k", "holder", 60.0)))).outcome
+    assert isinstance(granted, Granted)
+    assert await is_gone(engine, "k")
+    assert await keys(engine) == []
+    new = await one(engine, Request(Append("k", [B]), fencing_token=granted.lease.token))
+    assert isinstance(new.outcome, Answer)
+    assert (new.outcome.previous_revision, await lines(engine, "k")) == (0, [B])
+    told: list[Event] = []
+    async with asyncio.timeout(60), aclosing(watcher.batches(60.0)) as batches:
+        async for batch in batches:
+            told += batch.events
+            if len(told) >= 3:
+                break
+    watcher.close()
+    kinds = sorted(type(event.what).__name__ for event in told)
+    assert kinds == ["Changed", "Deleted", "LeaseTold"]
 
 
 async def test_calls_that_are_sent_again_get_their_first_answers(engine: Engine, clock: Clock) -> None:

@@ -17,8 +17,9 @@ from daemons import Daemon, wait_until
 from engines import Clock, done, lines, one, read, request
 from seed_reader import read_session
 from sessionstore import NotFoundError, SessionStore
-from sessionstored.engine import Engine, Query, Refused
+from sessionstored.engine import Engine, Query, Refused, Request
 from sessionstored.engine.jsonl import DEFAULT_TUNING, JsonlEngine, open_jsonl
+from sessionstored.leases import Acquire, Granted
 from sessionstored.retention import NEVER_US, Retention
 from sessionstored.rules import Append, Create, Delete, Fork, Limits, Pop, Replace, Update
 
@@ -88,6 +89,28 @@ async def test_an_expire_time_is_there_after_every_kind_of_restart(tmp_path: Pat
         assert {key: session and len(session.messages) for key, session in seed.items()} == {
             "k": 2, "late": 1, "pinned": 1,
         }  # fmt: skip
+
+
+async def test_what_was_gone_when_its_lease_ran_out_does_not_come_back(tmp_path: Path, clock: Clock) -> None:
+    data = tmp_path / "data"
+    engine = await open_jsonl(data, tuning=BY_HAND)
+    await done(engine, Create("filed", [A], expire_time_us=in_s(1000)))
+    await rounds(engine)
+    await done(engine, Create("k", [A], expire_time_us=in_s(1000)))
+    passes(clock, 990)
+    for key in ("k", "filed"):
+        assert isinstance((await one(engine, Request(Acquire(key, "holder", 60.0)))).outcome, Granted)
+    passes(clock, 100)
+    for step in range(2):
+        seen = await keys(engine)
+        killed = tmp_path / f"killed{step}"
+        shutil.copytree(data, killed, ignore=shutil.ignore_patterns("LOCK", "*-shm"))
+        again = await open_jsonl(killed, tuning=BY_HAND)
+        assert set(await keys(again)) <= set(seen)
+        await again.close()
+        await rounds(engine)
+    assert await keys(engine) == []
+    await engine.close()
 
 
 async def test_what_expired_while_no_daemon_ran_is_gone_at_the_start(tmp_path: Path, clock: Clock) -> None:

@@ -91,7 +91,7 @@ def settle_lease(
     behind: str | None,
 ) -> Granted | Released | Refusal:
     """Settle an operation on a lease; see `decide_lease`."""
-    current = _in_force(view, operation.key, clock_s)
+    current = notice_lapse(view, operation.key, clock_s)
     decision = decide_lease(current, operation, token=token, now_us=now_us, clock_s=clock_s, behind=behind)
     if decision.event is not None and decision.lease is not None:
         if decision.event is LeaseEvent.ACQUIRED and view.lease_count() >= limits.leases_max:
@@ -104,10 +104,10 @@ def refused_by_lease(
     mutation: Mutation, fencing_token: int, view: LeaseView, clock_s: float
 ) -> Refusal | None:
     """Why a write may not be made; see `refuse_write`."""
-    return refuse_write(_in_force(view, mutation.key, clock_s), mutation, fencing_token, clock_s)
+    return refuse_write(notice_lapse(view, mutation.key, clock_s), mutation, fencing_token, clock_s)
 
 
-def _in_force(view: LeaseView, key: str, clock_s: float) -> Lease | None:
+def notice_lapse(view: LeaseView, key: str, clock_s: float) -> Lease | None:
     """The lease that is in force; one that has run out is recorded as lapsed."""
     lease = view.kept_lease(key)
     if lease is None or lease.in_force(clock_s):

@@ -59,10 +59,6 @@ class MemoryEngine:
         self.trusted_us = self._trusted.now_us()
         self._next_end_us = 0
         """When the next session ends by itself, if any does; 0 if none."""
-        self.lease_in_force: Callable[[str], bool] = (
-            lambda key: self._leases.in_force(key, self._clock_s()) is not None
-        )
-        """Whether a lease makes the end of a session wait."""
         self._heads: dict[str, Head] = {}
         self._lines: dict[str, list[bytes]] = {}
         self._windows: dict[str, CallWindow] = {}
@@ -170,7 +166,9 @@ class MemoryEngine:
 
     def expired(self, head: Head) -> bool:
         """Whether a session has expired, and no lease makes its end wait."""
-        return expired(head, self.trusted_us, self._limits) and not self.lease_in_force(head.key)
+        if self._leases.in_force(head.key, self._clock_s()) is not None:
+            return False
+        return expired(head, self.trusted_us, self._limits)
 
     def last_message(self, key: str) -> bytes:
         """The session's last message."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from sessionstored.engine import Refused, Reply, Request
-from sessionstored.engine.leasing import LeaseView, refused_by_lease, settle_lease
-from sessionstored.leases import Acquire, AnyOutcome, Release, Renew
+from sessionstored.engine.leasing import LeaseView, notice_lapse, refused_by_lease, settle_lease
+from sessionstored.leases import Acquire, AnyOutcome, Granted, Release, Renew
 from sessionstored.rules import (
     Answer,
     Change,
@@ -71,7 +71,8 @@ class Settled:
     change: Change | None = None
     recorded: bool = False
     expired: bool = False
-    """The session that was there had expired: it ends with the revision given; the change has the next."""
+    """The session that was there had expired: it ends with the revision given; the change has the next. If a
+    lease was acquired, that has the revision given, and the end has the next."""
 
 
 def settle(
@@ -140,6 +141,7 @@ def _decide(
     """
     mutation = request.mutation
     if isinstance(mutation, Acquire | Renew | Release):
+        over = isinstance(mutation, Acquire) and _is_over(mutation.key, view, clock_s)
         outcome = settle_lease(
             mutation,
             view,
@@ -149,12 +151,22 @@ def _decide(
             limits=limits,
             behind=request.behind,
         )
-        return _asked_again(request, outcome), None, False
+        return _asked_again(request, outcome), None, over and isinstance(outcome, Granted)
     refusal = refused_by_lease(mutation, request.fencing_token, view, clock_s)
     if refusal is not None:
         return _asked_again(request, refusal), None, False
     decision, expired = _decide_mutation(mutation, view, revision, now_us, limits)
     return decision.outcome, decision.change, expired
+
+
+def _is_over(key: str, view: View, clock_s: float) -> bool:
+    """Whether a session has expired for whoever acquires its lease: that lease must not bring it back."""
+    notice_lapse(view, key, clock_s)
+    try:
+        head = view.head(key, damaged=True)
+        return head is not None and view.expired(head)
+    except Refused:  # nobody knows; a lease can be had all the same
+        return False
 
 
 def _asked_again(request: Request, outcome: Asked) -> Asked:

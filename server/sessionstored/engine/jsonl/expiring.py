@@ -50,7 +50,7 @@ class Expiring:
         """Sessions that changed since the catalogue had them, and have expired."""
         with self._vault.lock:
             heads = [state.head for state in self._vault.dirty.values() if state.head is not None]
-        return [head.key for head in heads if self._vault.expired(head)]
+        return [head.key for head in heads if self._vault.is_over(head)]
 
     def _expire(self, keys: Sequence[str]) -> int:
         """Have the committer remove what has expired. Returns how many did."""

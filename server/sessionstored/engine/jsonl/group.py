@@ -17,7 +17,7 @@ from sessionstored.engine.jsonl.records import CallRecord, DeleteRecord, LeaseRe
 from sessionstored.engine.jsonl.state import Draft, State, data_loss, reading_journal
 from sessionstored.engine.jsonl.vault import Vault
 from sessionstored.engine.settle import settle
-from sessionstored.leases import Acquire, Lease, LeaseEvent, Release, Renew
+from sessionstored.leases import Lease, LeaseEvent, Release, Renew
 from sessionstored.rules import Change, Fork, Head, Refusal, Replace
 from sessionstored.windows import CallWindow, Remembered
 
@@ -98,7 +98,7 @@ class Group:
     def _load(self, request: Request) -> None:
         """Load what a request speaks of before it gets a revision: a file that was edited takes one, too."""
         mutation = request.mutation
-        if isinstance(mutation, Acquire | Renew | Release):
+        if isinstance(mutation, Renew | Release):
             return  # that has nothing to do with what the session holds
         for key in (mutation.source_key, mutation.key) if isinstance(mutation, Fork) else (mutation.key,):
             try:
@@ -126,12 +126,13 @@ class Group:
 
     def expired(self, head: Head) -> bool:
         """Whether a session has expired. A damaged one does not: it is to be repaired or deleted."""
+        return self.kept_lease(head.key) is None and self._is_over(head)
+
+    def _is_over(self, head: Head) -> bool:
+        """Whether a session's time has come, whatever lease it has."""
         draft = self._draft(head.key)
         served = draft.fresh or draft.state.refusal is None
-        lease = self.leases.get(head.key)  # acquired in this group
-        if not served or (lease is not None and lease.in_force(self.clock_s)):
-            return False
-        return self.vault.expired(head, self.trusted_us)
+        return served and self.vault.is_over(head, self.trusted_us)
 
     def last_message(self, key: str) -> bytes:
         """The last message as this group leaves it."""
@@ -253,7 +254,9 @@ class Group:
             return True
         if source.head is None or source.state.refusal or target.state.refusal or self.expired(source.head):
             return True
-        if target.head is not None and not self.expired(target.head):
+        lease = self.kept_lease(fork.key)
+        held = lease is not None and lease.in_force(self.clock_s)
+        if target.head is not None and (held or not self._is_over(target.head)):
             return True
         at = source.head.message_count if fork.at is None else fork.at
         if not 0 <= at <= source.head.message_count:

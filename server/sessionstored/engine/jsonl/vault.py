@@ -93,10 +93,6 @@ class Vault:
             boot_id=_boot_id(),
         )
         """What sessions expire by."""
-        self.lease_in_force: Callable[[str], bool] = (
-            lambda key: self.leases.in_force(key, self.clock_s()) is not None
-        )
-        """Whether a lease makes the end of a session wait. Quick; called on any thread."""
         self.erasing: int | None = None
         """The last row whose like holds what is to be erased; None if nothing is. See `erasure`."""
         self._reader: Reader = journal.reader()
@@ -113,11 +109,19 @@ class Vault:
         self._clock_base_s = clock_s - time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def expired(self, head: Head, trusted_us: int | None = None) -> bool:
-        """Whether a session that is not damaged has expired, and no lease makes that wait."""
+        """Whether a session that is not damaged has expired, and no lease makes that wait.
+
+        A lease that has run out makes it wait, too, until that is recorded: before, a restart would give the
+        lease its ttl again, and bring back what somebody found to be gone.
+        """
+        return self.leases.get(head.key) is None and self.is_over(head, trusted_us)
+
+    def is_over(self, head: Head, trusted_us: int | None = None) -> bool:
+        """Whether the time of a session that is not damaged has come."""
         ends_us = ends(head, self.limits)
         if not ends_us or ends_us > (self.trusted.now_us() if trusted_us is None else trusted_us):
             return False
-        return head.key not in self.claims and not self.lease_in_force(head.key)
+        return head.key not in self.claims
 
     def to_erase(self, row_id: int) -> None:
         """Messages were removed that rows up to this one may hold. For the committer's thread."""
