@@ -113,6 +113,23 @@ async def test_what_was_gone_when_its_lease_ran_out_does_not_come_back(tmp_path:
     await engine.close()
 
 
+async def test_rows_that_are_kept_over_a_restart_are_erased_in_their_time(
+    tmp_path: Path, clock: Clock
+) -> None:
+    kept_s = replace(BY_HAND, feed=replace(BY_HAND.feed, age_s_max=100))
+    engine = await open_jsonl(tmp_path, tuning=kept_s)
+    await done(engine, Append("k", [b'{"x": "' + MARK + b'"}']))
+    await done(engine, Delete("k"))
+    await engine.close()
+    assert files_with(tmp_path, MARK) == ["journal.db"]  # for watchers
+    engine = await open_jsonl(tmp_path, tuning=kept_s)
+    passes(clock, 101)
+    for _ in range(2):  # and nobody writes
+        await rounds(engine)
+    assert files_with(tmp_path, MARK) == []
+    await engine.close()
+
+
 async def test_what_expired_while_no_daemon_ran_is_gone_at_the_start(tmp_path: Path, clock: Clock) -> None:
     engine = await open_jsonl(tmp_path, tuning=BY_HAND)
     await done(engine, Create("k", [A], expire_time_us=in_s(1000)))

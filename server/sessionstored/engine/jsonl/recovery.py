@@ -95,8 +95,9 @@ class Recovery:
             vault.feed_id = str(meta["feed_id"])
         vault.journal.put_meta(revision=vault.revision, feed_id=vault.feed_id)
         self._load_leases()
+        if self._rows or vault.feed_bytes:
+            vault.to_erase(vault.row_id)  # whatever these rows removed, and those that are kept for watchers
         if self._rows:
-            vault.to_erase(vault.row_id)  # whatever these rows removed
             vault.files.names_changed = True  # what the last daemon renamed or removed may not be durable
             log.info("recovered %d journal rows, %d sessions", self._rows, len(self._touched))
 
