@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from crash.disks import FullDisk
 from crash.odd_daemon import odd_daemon
 from daemons import Daemon, wait_until
 from engines import Clock, done, lines, one, read, request
@@ -58,6 +59,21 @@ async def rounds(engine: JsonlEngine) -> None:
 def files_with(data: Path, what: bytes) -> list[str]:
     files = (path for path in data.rglob("*") if path.is_file())
     return sorted(str(path.relative_to(data)) for path in files if what in path.read_bytes())
+
+
+async def test_what_has_expired_goes_from_a_full_disk(tmp_path: Path, clock: Clock) -> None:
+    disk = FullDisk()
+    engine = await open_jsonl(tmp_path, tuning=BY_HAND, disk=disk)
+    await done(engine, Create("filed", [A], expire_time_us=in_s(1000)))
+    await rounds(engine)
+    await done(engine, Create("k", [A], expire_time_us=in_s(1000)))
+    passes(clock, 1001)
+    disk.room = 100
+    await rounds(engine)
+    assert [path.name for path in (tmp_path / "sessions").iterdir()] == []
+    assert await engine.count() == 0
+    disk.room = None
+    await engine.close()
 
 
 # Restarts.

@@ -28,7 +28,7 @@ from sessionstored.engine.jsonl.store import with_ceiling
 from sessionstored.engine.jsonl.vault import Vault
 from sessionstored.engine.settle import expired_in_queue
 from sessionstored.leases import Release, Renew
-from sessionstored.rules import Delete, Refusal
+from sessionstored.rules import Delete, Expire, Refusal
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -41,7 +41,7 @@ UNKNOWN = Refusal(
 STOPPING = Refusal("SHUTTING_DOWN", "the daemon is stopping; nothing was stored")
 
 
-NEEDS_NO_ROOM = (Delete, Release, Renew)
+NEEDS_NO_ROOM = (Delete, Expire, Release, Renew)
 """What is decided also while the disk is full, or too much waits for the session files."""
 
 
