@@ -7,6 +7,7 @@ For the committer's thread.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from sessionstored.engine import Refused, Reply, Request
 from sessionstored.engine.events import Deleted, Event, changed, lease_told
@@ -24,6 +25,7 @@ from sessionstored.windows import CallWindow, Remembered
 # Of a session that changes, metadata up to this size is in each record: a watcher who comes later gets the
 # head from there. One whose record lacks it gets the session whole.
 METADATA_ALWAYS_BYTES_MAX = 1024
+_LAPSES_PER_GROUP = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,9 @@ class Group:
         self.entries: list[Entry] = []
         self.leases: dict[str, Lease | None] = {}
         """What became of leases; None for those that have ended."""
+        self._leases_more = 0
+        """How many leases there are more than before this group."""
+        self._lapses_noticed = False
         self.events: list[Event] = []
         self.recorded: set[str] = set()
         self._numbers: dict[str, int] = {}
@@ -170,6 +175,7 @@ class Group:
 
     def change_lease(self, lease: Lease, event: LeaseEvent) -> None:
         """Keep what became of a lease. A renewal has no record: a start gives the full ttl anyway."""
+        self._leases_more += event.in_force - (self.kept_lease(lease.key) is not None)
         self.leases[lease.key] = lease if event.in_force else None
         if event is LeaseEvent.ACQUIRED:
             self.vault.revision = lease.token
@@ -178,8 +184,15 @@ class Group:
             self.events.append(lease_told(lease, event))
 
     def lease_count(self) -> int:
-        """How many leases there are, about: those of before, and those that this group has dealt with."""
-        return len(self.vault.leases) + len(self.leases)
+        """How many leases there are. If they are too many, those that have run out end here, some at a time."""
+        limit, leases = self.vault.limits.leases_max, self.vault.leases
+        if len(leases) + self._leases_more >= limit and not self._lapses_noticed:
+            self._lapses_noticed = True
+            for key in islice(leases.lapsed(self.clock_s), _LAPSES_PER_GROUP):
+                lease = self.kept_lease(key)
+                if lease is not None and not lease.in_force(self.clock_s):
+                    self.change_lease(lease, LeaseEvent.LAPSED)
+        return len(leases) + self._leases_more
 
     # Drafts.
 
