@@ -15,15 +15,16 @@ from crash.disks import FullDisk, PowerDisk, WatchedDisk, copy_of, power_cut_cop
 from crash.faults import Plan, failing_vfs
 from crash.test_edited_files import X, add, edit, file_of
 from crash.workspaces import BAD, EXPECTED, TORN, copy_workspace, quarantined, raw_messages
-from engines import done, lines, read
+from engines import done, lines, one, read
 from seed_reader import read_session
-from sessionstored.engine import StartError
+from sessionstored.engine import Request, StartError
 from sessionstored.engine.jsonl.disk import Disk
 from sessionstored.engine.jsonl.findings import REPAIRABLE, Finding, Remedy, Verdict
 from sessionstored.engine.jsonl.repairing import Done, RepairFailed
 from sessionstored.engine.jsonl.repairing import opened as opened_for_repair
 from sessionstored.engine.jsonl.store import Directory
-from sessionstored.rules import Append, Limits, Update
+from sessionstored.leases import Acquire, Granted
+from sessionstored.rules import Answer, Append, Limits, Update
 
 N = 300
 LONG = [b'{"n": %d, "text": "%s"}' % (n, b"x" * 900) for n in range(N)]
@@ -202,6 +203,19 @@ async def test_a_missing_file_takes_its_session_with_it_once_that_is_agreed(clea
     async with opened(clean) as engine:
         assert await engine.count() == 1
         await says(engine, "k")
+
+
+async def test_a_missing_file_takes_its_session_with_it_although_somebody_has_its_lease(clean: Path) -> None:
+    async with opened(clean) as engine:
+        lease = (await one(engine, Request(Acquire("k", "holder", 60.0)))).outcome
+        assert isinstance(lease, Granted)
+    file_of(clean).unlink()
+    (report,) = await mended(clean)
+    assert (report.mended, "removed" in report.what) == (True, True), report
+    async with opened(clean) as engine:
+        assert await engine.count() == 1
+        write = Request(Append("k", [C]), fencing_token=lease.lease.token)
+        assert isinstance((await one(engine, write)).outcome, Answer), "the lease goes on"
 
 
 @pytest.mark.parametrize("how", ["edited", "torn", "shorter", "missing", "added"])

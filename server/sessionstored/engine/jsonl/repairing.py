@@ -144,10 +144,12 @@ class Repair:
         raise RepairFailed(self._committer.failure) from error
 
     def _remove(self, finding: Finding) -> str:
-        """Delete a session whose file is gone."""
+        """Delete a session whose file is gone, also one that somebody has a lease of."""
         self._run(lambda: self._must_be_missing(finding.key))
         done = threading.Event()
-        job = Job([Request(Delete(finding.key))], 512, lambda _: done.set())
+        lease = self._vault.leases.get(finding.key)
+        request = Request(Delete(finding.key), fencing_token=lease.token if lease is not None else 0)
+        job = Job([request], 512, lambda _: done.set())
         self._committer.put(job)
         done.wait()
         if job.error is not None and self._committer.failure:
