@@ -145,10 +145,12 @@ def repair(data: str | None, file: Path | None, keys: tuple[str, ...], yes: bool
 
 
 def _opened_anew(finding: "Finding") -> "Done":
-    """What became of a part of the store that an opening makes anew."""
+    """What became of a part of the store that an opening makes anew, or of a lease that it ends."""
+    from sessionstored.engine.jsonl.findings import Remedy
     from sessionstored.engine.jsonl.repairing import Done
 
-    return Done("", finding.file, "it was made anew from journal.db")
+    ended = finding.remedy is Remedy.END
+    return Done("", finding.file, "the lease was ended" if ended else "it was made anew from journal.db")
 
 
 def _agreed(count: int) -> bool:

@@ -13,9 +13,10 @@ from crash.disks import journal_of
 from crash.workspaces import quarantined
 from engines import done, lines, one, read, request
 from sessionstored.cli import main
-from sessionstored.engine import Query, Refused, StartError
+from sessionstored.engine import Query, Refused, Request, StartError
 from sessionstored.engine.jsonl import open_jsonl
 from sessionstored.engine.jsonl.tables import is_whole, row_crc
+from sessionstored.leases import Acquire, Granted
 from sessionstored.rules import Append, Create, Delete, Fork, Refusal, Update
 
 CALL = request(Append("k", [B]), 1)
@@ -157,6 +158,26 @@ async def test_a_wrong_remembered_answer_is_not_taken_for_none(
         assert isinstance(reply.outcome, Refusal)
         assert (reply.outcome.reason, reply.outcome.metadata["file"]) == ("DATA_LOSS", "journal.db")
         await says(engine, "k", A, B, C)
+
+
+@pytest.mark.parametrize("repaired", [False, True])
+@pytest.mark.parametrize("column", ["holder = 'x'", "token = 99", "ttl_s = 'text'", "crc = crc + 1"])
+async def test_a_wrong_lease_is_named_and_ends(fast_path: Path, column: str, repaired: bool) -> None:
+    data = fast_path / "data"
+    async with opened(data) as engine:
+        for key in ("k", "other"):
+            granted = await one(engine, Request(Acquire(key, "holder", 60.0)))
+            assert isinstance(granted.outcome, Granted)
+    change(data, f"UPDATE lease SET {column} WHERE key = 'k'")
+    code, said = run("check", "--data", str(data))
+    assert code == 4
+    assert "the lease of session 'k', in its table lease" in said
+    if repaired:
+        assert run("repair", "--data", str(data), "--yes")[0] == 0
+        assert run("check", "--data", str(data))[0] == 0
+    async with opened(data) as engine:
+        assert [await engine.lease(key) is not None for key in ("k", "other")] == [False, True]
+    assert run("check", "--data", str(data))[0] == 0
 
 
 @pytest.mark.parametrize("name", ["store_id", "revision", "clock_s"])

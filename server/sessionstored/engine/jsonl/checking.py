@@ -218,6 +218,8 @@ class Check:
                 self._lost[entry.head.key] = entry
         for wrong in journal.answers.wrong_rows():
             yield Finding(Verdict.DAMAGED, "journal.db", "", str(wrong), Remedy.EXPIRE)
+        for wrong in journal.leases()[1]:
+            yield Finding(Verdict.DAMAGED, "journal.db", "", str(wrong), Remedy.END)
 
     def _rows(self, journal: Journal, waiting: WaitingChanges) -> Iterator[Finding]:
         """The journal's rows: each one's checksum and records."""

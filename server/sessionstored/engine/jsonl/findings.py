@@ -31,13 +31,14 @@ class Remedy(Enum):
     REMOVE = "put the file back, or `sessionstored repair` removes the session"
     CLEAR = "`sessionstored repair` removes the mark"
     EXPIRE = "repair does not touch this: calls that need it are refused by name, until it expires"
+    END = "the next start, or `sessionstored repair`, ends the lease: its holder is refused from then on"
     HAND = "repair does not decide this: move, rename or restore the file by hand"
     RESTORE = "repair does not touch this: restore a backup, or start with --accept-loss"
     AWAY = "repair does not touch this: restore a backup, or move the file away and start with --accept-loss"
 
 
 OF_THE_STORE = (Remedy.RESTORE, Remedy.AWAY)
-REPAIRABLE = (Remedy.OPEN, Remedy.ANEW, Remedy.MEND, Remedy.TAKE, Remedy.REMOVE, Remedy.CLEAR)
+REPAIRABLE = (Remedy.OPEN, Remedy.ANEW, Remedy.MEND, Remedy.TAKE, Remedy.REMOVE, Remedy.CLEAR, Remedy.END)
 
 
 @dataclass(frozen=True, slots=True)

@@ -184,7 +184,7 @@ class Group:
             self.events.append(lease_told(lease, event))
 
     def lease_count(self) -> int:
-        """How many leases there are. If they are too many, those that have run out end here, some at a time."""
+        """How many leases there are. At the bound, some of those that have run out end here."""
         limit, leases = self.vault.limits.leases_max, self.vault.leases
         if len(leases) + self._leases_more >= limit and not self._lapses_noticed:
             self._lapses_noticed = True

@@ -170,8 +170,8 @@ class Journal:
                 self.catalogue.put(entry)
             lease_table.write(self._db, leases)
 
-    def leases(self) -> tuple[list[Lease], int]:
-        """The leases that did not end, and how many rows of leases are not what was written."""
+    def leases(self) -> tuple[list[Lease], list[WrongRow]]:
+        """The leases that did not end, and the rows of leases that are not what was written."""
         return lease_table.read(self._db)
 
     def put_leases(self, leases: Mapping[str, Lease | None]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import apsw
 
-from sessionstored.engine.jsonl.tables import is_whole, row_crc
+from sessionstored.engine.jsonl.tables import WrongRow, is_whole, row_crc
 from sessionstored.leases import Lease
 
 SCHEMA = """
@@ -43,9 +43,10 @@ def clear(db: apsw.Connection) -> None:
     db.execute("DELETE FROM lease")
 
 
-def read(db: apsw.Connection) -> tuple[list[Lease], int]:
-    """Every lease, none of which says when it runs out, and how many rows are not what was written."""
-    leases, wrong = [], 0
+def read(db: apsw.Connection) -> tuple[list[Lease], list[WrongRow]]:
+    """Every lease, none of which says when it runs out, and the rows that are not what was written."""
+    leases: list[Lease] = []
+    wrong: list[WrongRow] = []
     for *row, crc in db.execute(
         "SELECT CAST(key AS BLOB), CAST(holder AS BLOB), token, appends_allowed, ttl_s, acquire_time_us, "
         "acquired_s, crc FROM lease"
@@ -64,5 +65,6 @@ def read(db: apsw.Connection) -> tuple[list[Lease], int]:
                     Lease(key.decode(), holder.decode(), token, bool(appends), ttl_s, time_us, at_s, 0.0)
                 )
             case _:
-                wrong += 1
+                key_text = row[0].decode(errors="replace") if isinstance(row[0], bytes) else repr(row[0])
+                wrong.append(WrongRow("lease", f"the lease of session {key_text!r}"))
     return leases, wrong

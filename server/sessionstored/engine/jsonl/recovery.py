@@ -209,7 +209,8 @@ class Recovery:
     def _load_leases(self) -> None:
         leases, wrong = self._vault.journal.leases()
         if wrong:
-            log.error("%d leases end here: their rows in journal.db are not what was written", wrong)
+            for each in wrong:
+                log.error("a lease ends here: %s", each)
             self._vault.journal.end_leases()
             self._vault.journal.put_leases({lease.key: lease for lease in leases})
         self._vault.leases.load(leases)
