@@ -242,6 +242,15 @@ async def test_leases_are_bounded(kind: str, tmp_path: Path, monkeypatch: pytest
         await engine.close()
 
 
+async def test_keys_that_no_session_has_do_not_stay_in_memory(tmp_path: Path) -> None:
+    engine = await open_jsonl(tmp_path, tuning=replace(DEFAULT_TUNING, hot_sessions_max=10))
+    for n in range(300):
+        await acquire(engine, f"leased {n}")
+        assert await reason(engine, Delete(f"missing {n}")) == "SESSION_NOT_FOUND"
+    assert len(engine._vault.states) <= 11
+    await engine.close()
+
+
 # Over a restart.
 
 

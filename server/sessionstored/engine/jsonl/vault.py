@@ -170,6 +170,9 @@ class Vault:
             state = self._load(key, entry)
             with self.lock:
                 state = self.states.setdefault(key, state)
+                state.pins += 1  # this one stays
+                self._shrink()  # also if nothing comes of it: whoever asks may name any key
+                state.pins -= 1
         return state
 
     def _stale(self, state: State) -> bool:
