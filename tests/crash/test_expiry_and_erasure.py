@@ -146,6 +146,21 @@ async def test_rows_that_are_kept_over_a_restart_are_erased_in_their_time(
     await engine.close()
 
 
+async def test_hours_of_service_without_a_write_count(tmp_path: Path, clock: Clock) -> None:
+    engine = await open_jsonl(tmp_path, tuning=UNWATCHED)
+    await done(engine, Append("k", [b'{"x": "' + MARK + b'"}']))
+    await one(engine, request(Pop("k"), 1))
+    await rounds(engine)
+    for _ in range(3):
+        assert files_with(tmp_path, MARK) == ["journal.db"]  # for a copy of the call
+        passes(clock, 10 * 3600)
+        await engine.close()
+        engine = await open_jsonl(tmp_path, tuning=UNWATCHED)
+    await rounds(engine)
+    assert files_with(tmp_path, MARK) == []
+    await engine.close()
+
+
 async def test_what_expired_while_no_daemon_ran_is_gone_at_the_start(tmp_path: Path, clock: Clock) -> None:
     engine = await open_jsonl(tmp_path, tuning=BY_HAND)
     await done(engine, Create("k", [A], expire_time_us=in_s(1000)))

@@ -138,7 +138,10 @@ class Maintenance:
             return False
 
     def _mark_clean(self) -> bool:
-        self._vault.journal.put_meta(expiry_clock=json.dumps(self._vault.trusted.stored()))
+        vault = self._vault
+        vault.journal.put_meta(
+            clock_s=vault.clock_s(), expiry_clock=json.dumps(vault.trusted.stored())
+        )  # also what went by since the last checkpoint, if nobody wrote
         self._vault.journal.wal_checkpoint()
         self._vault.write_store(replace(self._vault.store, clean=True))
         return True
