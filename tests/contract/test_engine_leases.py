@@ -3,6 +3,7 @@
 import asyncio
 import random
 import shutil
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from engines import DURABLE_KINDS, STRAINED, Clock, done, lines, one, open_kind, read, request
 from followers import Following
 from sessionstored.engine import Engine, Reply, Request
+from sessionstored.engine.events import Changed, LeaseTold
 from sessionstored.engine.jsonl import DEFAULT_TUNING, JsonlEngine, open_jsonl
 from sessionstored.engine.jsonl.records import LeaseRecord, read_row
 from sessionstored.engine.memory import MemoryEngine
@@ -240,6 +242,31 @@ async def test_leases_are_bounded(kind: str, tmp_path: Path, monkeypatch: pytest
         assert await reason(engine, Acquire("more", "me", 60.0)) == "OVERLOADED"
     finally:
         await engine.close()
+
+
+@pytest.mark.parametrize("write", [False, True])
+async def test_watchers_are_told_of_a_lease_that_ran_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: bool
+) -> None:
+    clock = Clock(monkeypatch)
+    engine = await open_jsonl(tmp_path, tuning=replace(DEFAULT_TUNING, checkpoint_interval_s=3600))
+    watcher = engine.watch("", (), b"")
+    lease = await acquire(engine)
+    if write:  # so that there is a checkpoint
+        await done(engine, Append("other", [A]))
+    clock.steady_s = 61
+    await asyncio.get_running_loop().run_in_executor(None, engine._maintenance.guarded_round)
+    await done(engine, Append("k", [B]))
+    told: list[tuple[int, bool]] = []
+    async with asyncio.timeout(60), aclosing(watcher.batches(60.0)) as batches:
+        async for batch in batches:
+            leases = [event.what for event in batch.events if isinstance(event.what, LeaseTold)]
+            told += [(each.lease.token, each.ended) for each in leases]
+            if any(event.key == "k" and isinstance(event.what, Changed) for event in batch.events):
+                break
+    watcher.close()
+    await engine.close()
+    assert told == [(lease.token, False), (lease.token, True)]
 
 
 async def test_keys_that_no_session_has_do_not_stay_in_memory(tmp_path: Path) -> None:

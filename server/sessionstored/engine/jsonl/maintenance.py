@@ -17,10 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-import apsw
-
 from sessionstored.engine import Refused
-from sessionstored.engine.events import lease_told
 from sessionstored.engine.feed import DEFAULT_FEED_LIMITS, FeedLimits
 from sessionstored.engine.jsonl.answers import StoredRequest
 from sessionstored.engine.jsonl.catalogue import Entry
@@ -29,10 +26,8 @@ from sessionstored.engine.jsonl.damage import condemn
 from sessionstored.engine.jsonl.erasure import erase
 from sessionstored.engine.jsonl.expiring import Expiring
 from sessionstored.engine.jsonl.files import FileChanged, Region
-from sessionstored.engine.jsonl.records import LeaseRecord, Row
 from sessionstored.engine.jsonl.state import File, State
 from sessionstored.engine.jsonl.vault import Vault
-from sessionstored.leases import Lease, LeaseEvent
 from sessionstored.rules import Head, Refusal
 from sessionstored.windows import FORGET_SLACK_S, CallWindow
 
@@ -45,7 +40,6 @@ _ANSWERS_PER_TRANSACTION = 2000
 _WAL_BYTES_MAX = 64 << 20
 _SWEEP_ROWS = 1000
 _STEPS_PER_LOG = 4
-_LAPSED_MAX = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +317,6 @@ class Maintenance:
         vault = self._vault
         if not vault.dirty and not vault.backlog_bytes:
             return None
-        self._end_lapsed_leases()
         complete: list[_Captured] = []
         gone: list[State] = []
         needed_from: int | None = None
@@ -414,33 +407,6 @@ class Maintenance:
             for one in captured.complete:
                 if one.state.head is not None and one.state.file is one.file:  # else it has no row, perhaps
                     vault.release_name(one.entry.file)
-
-    def _end_lapsed_leases(self) -> None:
-        """Forget leases that ran out and that nobody has asked for since; watchers are told of each.
-
-        On the committer's thread. On a full disk they stay for the next time: nobody is kept out by them.
-        """
-        vault = self._vault
-        now = vault.clock_s()
-        row, events = Row(), []
-        lapsed: dict[str, Lease | None] = {}
-        for key in vault.leases.lapsed(now)[:_LAPSED_MAX]:
-            lease = vault.leases.get(key)
-            assert lease is not None
-            row.lease(LeaseRecord(LeaseEvent.LAPSED, lease))
-            events.append(lease_told(lease, LeaseEvent.LAPSED))
-            lapsed[key] = None
-        if not lapsed:
-            return
-        try:
-            vault.commit_row(row, now, (), lapsed)
-        except (apsw.Error, OSError) as error:
-            if is_disk_full(error):
-                return
-            raise
-        with vault.lock:
-            vault.leases.update(lapsed)
-            vault.publish(vault.row_id, events)
 
     def _shorten_wal(self) -> None:
         """Move the write-ahead log into the database: most of it beside the committer, the rest within."""
