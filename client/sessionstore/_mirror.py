@@ -186,7 +186,7 @@ class Mirror:
 
     def heard(self, rpc: Rpc, reply: Any) -> None:
         """Take the answer of an own call into account, before its caller has it."""
-        if not self.on:
+        if not self.on or rpc.method is ops.ACQUIRE:  # which changes no session
             return
         if rpc.method.mutates:
             self.marks += 1

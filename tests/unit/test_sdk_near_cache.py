@@ -201,6 +201,23 @@ def test_refresh_always_asks_the_daemon(
     assert counted(calls)["GetSession"] >= 20 + 19
 
 
+def test_a_turn_of_a_session_that_is_near_shows_what_was_stored_before_its_lease(
+    shared_daemon: Daemon, open_store: Callable[..., Any], key: str
+) -> None:
+    store = open_store(shared_daemon.address, **PATIENT)
+    handle = store.session(key)
+    handle.append(*messages(3))
+    store.session(key)
+    in_step(store, key)
+    others = open_store(shared_daemon.address).session(key)
+    for n in range(20):
+        with others.turn(wait=60) as turn:
+            turn.append({"n": n})
+        with handle.turn(wait=60) as turn:
+            assert turn.messages[-1] == {"n": n}
+            assert store.session(key).messages == turn.messages
+
+
 def test_what_is_given_is_the_callers_own(
     store: Any, open_store: Callable[..., Any], shared_daemon: Daemon, key: str
 ) -> None:
