@@ -289,6 +289,7 @@ class AsyncTurn(TurnState, AsyncSessionHandle):
     def __init__(self, handle: AsyncSessionHandle, holding: Holding) -> None:
         TurnState.__init__(self, handle, holding)
         self._handle = handle
+        self._check = handle._check
         self._turns = handle._turns
         self._run = self._run_checked
 

@@ -216,6 +216,7 @@ def test_a_turn_of_a_session_that_is_near_shows_what_was_stored_before_its_lease
         with handle.turn(wait=60) as turn:
             assert turn.messages[-1] == {"n": n}
             assert store.session(key).messages == turn.messages
+            assert turn.catch_up().message_count == n + 4
 
 
 def test_what_is_given_is_the_callers_own(
