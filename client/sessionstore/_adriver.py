@@ -249,6 +249,7 @@ class AsyncDriver:
             reply = await self._attempt(rpc, attempts)
         except BaseException as error:
             self._leave(rpc, error)
+            self.mirror.missed(rpc, error)
             raise
         self._leave(rpc, None)
         self.mirror.heard(rpc, reply)

@@ -363,6 +363,7 @@ class Driver(Forkable):
             reply = self._attempt(rpc, attempts)
         except BaseException as error:
             self._leave(rpc.ticket, error)
+            self.mirror.missed(rpc, error)
             raise
         self._leave(rpc.ticket, None)
         self.mirror.heard(rpc, reply)

@@ -25,6 +25,11 @@ def moment(name: str, expires: Keep | Expires) -> datetime | Keep | None:
         raise ops.invalid(name, f"must be within the years 1 to 9999 of UTC, not {expires!r}") from None
 
 
+def over(end: datetime | None) -> bool:
+    """Whether a session of this `expire_time` is at its end, by the clock of this machine."""
+    return end is not None and datetime.now(UTC) >= end
+
+
 def _checked(name: str, expires: datetime | None) -> datetime | None:
     if expires is None or isinstance(expires, datetime):
         return expires

@@ -11,7 +11,10 @@ A session that was read is watched from the cursor that came with it. The rules:
 * What is not proven for longer than the staleness bound is not served: the read goes to the daemon.
 * What this client wrote is applied as soon as it is acknowledged. Where that is not possible, because others
   wrote in between, the session is not served until the stream has brought the write. So a client always sees
-  its own writes, and never goes back behind what one of its reads has shown.
+  its own writes, and never goes back behind what one of its reads has shown, also if that was that there is
+  no such session.
+* The end of a session is no event before the daemon has removed it, some time later. So a session whose time
+  is over, by this machine's clock, is not served.
 * A change that does not follow what is held, or does not fit it, drops the session: the next read reads all
   of it. So does a cursor that is of no use any more, for all sessions.
 * Bounded in bytes and in sessions; the least recently used goes first.
@@ -32,9 +35,11 @@ from random import random
 from typing import Any
 
 from sessionstore import _operations as ops
+from sessionstore._expiry import over
 from sessionstore._operations import Operation, Rpc, Tail, pb
 from sessionstore._snapshot import Snapshot, absent, advanced, applied, effect_of, joined
 from sessionstore._types import Head
+from sessionstore.errors import NotFoundError
 
 DEFAULT_SESSIONS = 1024
 DEFAULT_STALENESS_S = 10.0
@@ -133,7 +138,7 @@ class Mirror:
             entry = self._entries.get(key)
             if entry is None or entry.snapshot.seen < entry.floor:
                 return None
-            if self.clock() - self._as_of(entry) > self._bounds.staleness_s:
+            if self.clock() - self._as_of(entry) > self._bounds.staleness_s or _ended(entry.snapshot):
                 return None
             self._entries.move_to_end(key)
             return entry.snapshot
@@ -142,7 +147,7 @@ class Mirror:
         """As of when this revision is known to be what is stored; -inf if nothing is known of it."""
         with self._guard:
             entry = self._entries.get(key)
-            if self._busy or entry is None or entry.snapshot.revision != revision:
+            if self._busy or entry is None or entry.snapshot.revision != revision or _ended(entry.snapshot):
                 return -inf
             return self._as_of(entry) if entry.snapshot.seen >= entry.floor else -inf
 
@@ -204,6 +209,18 @@ class Mirror:
                 entry.floor = max(entry.floor, reply.session.revision)
             elif reply.result.revision > entry.snapshot.seen:
                 self._wrote(entry, rpc, reply)
+
+    def missed(self, rpc: Rpc, error: BaseException) -> None:
+        """Take into account, before its caller knows it, that an own call found no session."""
+        if not self.on or not isinstance(error, NotFoundError) or error.reason != "SESSION_NOT_FOUND":
+            return
+        self.marks += 1
+        key: str = error.metadata.get("key", "")
+        with self._alone() as alone:
+            if alone:
+                self._drop(key)
+            else:
+                self._doubtful.append(key)
 
     def _wrote(self, entry: _Entry, rpc: Rpc, reply: Any) -> None:
         before, result = entry.snapshot, reply.result
@@ -416,6 +433,10 @@ def all_of(snapshot: Snapshot) -> Tail | None:
 
 
 # ------------------------------------------------------------------------------------------ values
+
+
+def _ended(snapshot: Snapshot) -> bool:
+    return snapshot.head is not None and over(snapshot.head.expire_time)
 
 
 def _count(part: pb.WatchEvent) -> int:

@@ -1,6 +1,8 @@
 """The near cache alone: what it serves, for how long, and when it would rather not. On a clock of its own."""
 
 import threading
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from sessionstore._operations import Rpc, pb
 from sessionstore._snapshot import Snapshot, joined
 from sessionstore._snapshot import absent as no_session
 from sessionstore._types import Head
-from sessionstore.errors import InvalidArgumentError
+from sessionstore.errors import InvalidArgumentError, error_for
 from sessionstore.v1 import session_pb2
 from unit.test_sdk_watching import append, block, deleted
 
@@ -245,6 +247,30 @@ def test_it_never_goes_back_behind_what_another_read_has_shown() -> None:
     assert near.holds("a") == (8, [1, 2])
     near.offer("a", 7, 3)  # an answer that was overtaken
     assert near.holds("a") == (8, [1, 2])
+
+
+def test_it_never_goes_back_behind_a_read_that_found_no_session() -> None:
+    near = kept(1)
+    begun = near.mirror.marks
+    error = error_for("SESSION_NOT_FOUND", "there is none", {"key": "a"})
+    near.mirror.missed(Rpc(ops.GET, pb.GetSessionRequest(key="b")), error_for("SHUTTING_DOWN", "later"))
+    assert near.holds("a") == (5, [1])
+    near.mirror.missed(Rpc(ops.GET, pb.GetSessionRequest(key="a")), error)
+    assert near.holds("a") is None
+    near.offer("a", 5, 1, marks=begun)  # an answer that was overtaken
+    assert near.holds("a") is None
+
+
+def test_a_session_whose_time_is_over_is_not_served() -> None:
+    near = kept(1)
+    snapshot = near.mirror.near("a")
+    assert snapshot is not None
+    assert snapshot.head is not None
+    for minutes, served in ((1, True), (-1, False)):
+        end = datetime.now(UTC) + timedelta(minutes=minutes)
+        near.mirror._entries["a"].snapshot = replace(snapshot, head=replace(snapshot.head, expire_time=end))
+        assert (near.mirror.near("a") is not None) == served
+        assert (near.mirror.as_of_s("a", 5) > 0) == served
 
 
 def test_an_answer_from_before_a_session_was_let_go_of_waits_for_the_stream() -> None:

@@ -219,6 +219,25 @@ def test_a_turn_of_a_session_that_is_near_shows_what_was_stored_before_its_lease
             assert turn.catch_up().message_count == n + 4
 
 
+def test_a_session_that_expired_is_not_shown_again(
+    shared_daemon: Daemon, open_store: Callable[..., Any], key: str
+) -> None:
+    store = open_store(shared_daemon.address, **PATIENT)
+    handle = store.session(key)
+    handle.append(*messages(3))
+    handle.update(expire_time=timedelta(seconds=0.5))
+    others = open_store(shared_daemon.address)
+    manager = SessionManager(shared_daemon.address, **PATIENT)
+    mine = manager.get_or_create(key)
+    wait_until(lambda: others.get(key) is None, what="the end")
+    # Nothing has removed it yet, and no event told of its end.
+    for _ in range(20):
+        assert not store.session(key).exists
+        assert not handle.catch_up().exists
+        assert manager.get_or_create(key).messages == mine.messages == []
+    manager.close()
+
+
 def test_what_is_given_is_the_callers_own(
     store: Any, open_store: Callable[..., Any], shared_daemon: Daemon, key: str
 ) -> None:
