@@ -3,7 +3,8 @@
 A handle holds a snapshot: head and messages of one revision. The rules:
 
 * A snapshot is a revision of the session, always: it is never a mix of two.
-* It only moves forward. An answer that is older than the snapshot changes nothing.
+* It only moves forward. An answer that is older than the snapshot changes nothing; if it cannot be told
+  which is older, because one of them says that there is no session, it is read again.
 * An own write that came right after the snapshot's revision is applied locally. If others wrote in
   between, the missing tail (or, after a rewrite, everything) is read, so that the snapshot contains the
   own write. If that read fails, the write still counts and is returned; the snapshot stays where it was
@@ -42,6 +43,9 @@ from sessionstore._snapshot import (
 from sessionstore._types import KEEP, Appended, Head, Keep, Message, MessageInput, Remove, Written
 from sessionstore.errors import SessionStoreError, error_for
 from sessionstore.v1 import session_pb2
+
+# Each read that is made again met another one, or a write, of the same handle.
+_READS_MAX = 20
 
 
 class Owner(Protocol):
@@ -227,23 +231,36 @@ class BaseHandle:
             self._snapshot = advanced(before, result, effect(before))
             return True
 
-    def _take(self, before: Snapshot, tail: Tail | None, read: Snapshot) -> None:
-        """Take what a read gave to one who held `before`, unless it is older than what is known by now."""
+    def _take(
+        self, before: Snapshot, tail: Tail | None, read: Snapshot, *, surely: bool = False
+    ) -> bool:
+        """Take what a read gave to one who held `before`, unless it is older than what is known by now.
+
+        False if nobody can tell, and `surely` is not set: a removal that a read found has no revision to
+        compare, and the snapshot was moved meanwhile.
+        """
         with self._moving() as alone:
             now = self._snapshot
             if not alone:
-                return
-            if tail is not None and tail.head.revision > now.seen:
+                return True
+            if tail is None:
+                unsure = (now.seen, now.revision) != (before.seen, before.revision)
+            else:
+                unsure = now.head is None and now is not before
+            if unsure and not surely:
+                return False
+            if tail is None or tail.head.revision > now.seen:
                 self._snapshot = read
-            elif tail is not None and tail.head.revision == now.revision:
+            elif tail.head.revision == now.revision:
                 self._snapshot = replace(now, head=tail.head, as_of_s=read.as_of_s)
-            elif tail is None and now is before:
-                self._snapshot = read
+            return True
 
     def _refresh(self) -> Operation[None]:
-        before = self._snapshot
-        tail, snapshot = yield from read(self._owner._mirror, before)
-        self._take(before, tail, snapshot)
+        for attempt in range(1, _READS_MAX + 1):
+            before = self._snapshot
+            tail, snapshot = yield from read(self._owner._mirror, before)
+            if self._take(before, tail, snapshot, surely=attempt == _READS_MAX):
+                return
 
     def _catch_up(self) -> bool:
         """Take what the near cache has; False if a read is needed."""

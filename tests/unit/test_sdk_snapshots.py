@@ -1,16 +1,18 @@
 """How a handle's snapshot moves, and how an edited list becomes one change. No daemon."""
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sessionstore import _editing, codec
-from sessionstore._operations import Tail
+from sessionstore._mirror import Bounds, Mirror
+from sessionstore._operations import Rpc, Tail, pb
 from sessionstore._snapshot import Effect, Lines, Snapshot, absent, difference, joined
 from sessionstore._types import Head
-from sessionstore.errors import InvalidArgumentError
+from sessionstore.errors import InvalidArgumentError, error_for
 from sessionstore.session import BaseHandle
 from sessionstore.v1 import session_pb2
 
@@ -138,6 +140,52 @@ def test_a_read_of_the_same_revision_keeps_the_messages() -> None:
     kept = mine.messages
     take(mine, mine._snapshot, Tail(head(5, 2), 2, []))
     assert mine.messages is kept
+
+
+def test_a_removal_that_was_read_while_the_snapshot_moved_is_read_again() -> None:
+    mine = handle(3, 1)
+    before = mine._snapshot
+    take(mine, before, Tail(head(5, 2), 1, lines(2)))  # of another thread
+    assert mine._take(before, None, absent("k", 3)) is False  # removed after revision 5, or made anew in 5?
+    assert held(mine) == (5, [1, 2])
+    assert mine._take(mine._snapshot, None, absent("k", 5)) is True
+    assert not mine.exists
+
+
+def test_a_session_that_was_read_while_another_read_found_it_gone_is_read_again() -> None:
+    mine = handle(3, 1)
+    before = mine._snapshot
+    take(mine, before, None)
+    tail = Tail(head(5, 2), 1, lines(2))
+    assert mine._take(before, tail, joined(before, tail)) is False
+    assert not mine.exists
+    assert mine._take(before, tail, joined(before, tail), surely=True) is True
+    assert held(mine) == (5, [1, 2])
+
+
+def test_a_refresh_reads_until_it_is_sure() -> None:
+    mine = handle(3, 1)
+    mine._owner._mirror = Mirror(Bounds(), lambda: 0.0, mine._owner._guard)  # type: ignore[misc]
+    first, second = mine._refresh(), mine._refresh()
+    next(first)
+    next(second)
+    gone = error_for("SESSION_NOT_FOUND", "there is none", {"key": "k"})
+    with pytest.raises(StopIteration):
+        second.throw(gone)
+    assert not mine.exists
+    old = pb.GetSessionResponse(session=session_pb2.Session(key="k", revision=5, message_count=1), start=1)
+    assert isinstance(first.send(old), Rpc)
+    with pytest.raises(StopIteration):
+        first.throw(gone)
+    assert not mine.exists
+
+
+def test_to_ask_as_of_when_moves_nothing() -> None:
+    mine = handle(3, 1)
+    before = mine._snapshot
+    mine._snapshot = replace(before, as_of_s=7.0)
+    assert mine._take(before, None, absent("k", 3)) is True
+    assert not mine.exists
 
 
 def test_messages_are_read_once_and_kept() -> None:
