@@ -37,12 +37,13 @@ class Renewals(Forkable):
         self._begin()
 
     def add(self, holding: Holding) -> None:
-        """Renew a lease from now on."""
+        """Renew a lease from now on. RuntimeError if there can be no thread; `end` is due also then."""
         with self._lock:
             self._holdings.append(holding)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="sessionstore-turns", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name="sessionstore-turns", daemon=True)
+                thread.start()  # which may fail, and then the next turn tries again
+                self._thread = thread
             self._changed.notify_all()
 
     def end(self, holding: Holding) -> None:

@@ -402,8 +402,8 @@ class SessionHandle(BaseHandle):
         name = "" if thread is threading.main_thread() else thread.name
         holder = default_holder(name) if holder is None else holder
         holding = self._run(acquire(self.key, ttl, wait, allow_appends, holder))
-        self._turns.add(holding)
         try:
+            self._turns.add(holding)
             self._run(self._refresh())
             yield Turn(self, holding)
             holding.check()

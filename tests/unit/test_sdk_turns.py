@@ -317,6 +317,28 @@ def test_a_holding_ends_a_ttl_after_its_last_renewal_was_sent() -> None:
         holding.check()
 
 
+def test_a_turn_without_a_thread_does_not_begin_and_leaves_nothing_behind(
+    shared_daemon: Daemon, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def no_thread(thread: threading.Thread) -> None:
+        if thread.name == "sessionstore-turns":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with SessionStore(shared_daemon.address, timeout=ANY_S) as store:
+        handle = store.session(key)
+        with monkeypatch.context() as full:
+            full.setattr(threading.Thread, "start", no_thread)
+            with pytest.raises(RuntimeError, match="new thread"), handle.turn(ttl=60):
+                pass
+        assert handle.lease() is None
+        with handle.turn(ttl=1) as turn:
+            end_s = turn._holding._end_s
+            wait_until(lambda: turn._holding._end_s > end_s, what="a renewal")
+
+
 def test_a_failed_renewal_is_due_again_soon() -> None:
     now_s = [100.0]
     holding = Holding(held(), 100.0, lambda: now_s[0])
