@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from sessionstore._astreams import AsyncStream
-from sessionstore._events import WatchEvent
+from sessionstore._events import LeaseChanged, WatchEvent
 from sessionstore._watching import Watching
 from sessionstore.errors import SessionStoreError
 
@@ -53,7 +53,10 @@ class AsyncWatch(AsyncIterator[WatchEvent]):
                 if self._closed.is_set():
                     raise StopAsyncIteration
                 await self._step()
-            return self._core.pop()
+            event = self._core.pop()
+            if not isinstance(event, LeaseChanged):
+                self._driver.mirror.shown(event.key, event.revision)
+            return event
 
     @property
     def cursor(self) -> bytes:

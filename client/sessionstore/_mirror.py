@@ -193,6 +193,10 @@ class Mirror:
         """Take the answer of an own call into account, before its caller has it."""
         if not self.on or rpc.method is ops.ACQUIRE:  # which changes no session
             return
+        if rpc.method is ops.LIST:
+            for session in reply.sessions:
+                self.shown(session.key, session.revision)
+            return
         if rpc.method.mutates:
             self.marks += 1
         elif rpc.method is not ops.GET:
@@ -209,6 +213,21 @@ class Mirror:
                 entry.floor = max(entry.floor, reply.session.revision)
             elif reply.result.revision > entry.snapshot.seen:
                 self._wrote(entry, rpc, reply)
+
+    def shown(self, key: str, revision: int) -> None:
+        """A listing or a watch has shown a session at this revision; 0: gone, nobody knows when."""
+        if not self.on:
+            return
+        with self._alone() as alone:
+            entry = self._entries.get(key)
+            if not alone:
+                self._doubtful.append(key)
+            elif entry is None:
+                self.marks += 1
+            elif revision:
+                entry.floor = max(entry.floor, revision)
+            else:
+                self._drop(key)
 
     def missed(self, rpc: Rpc, error: BaseException) -> None:
         """Take into account, before its caller knows it, that an own call found no session."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from sessionstore._events import WatchEvent
+from sessionstore._events import LeaseChanged, WatchEvent
 from sessionstore._fork import Forkable, watch
 from sessionstore._streams import Stream
 from sessionstore._watching import Watching
@@ -75,7 +75,10 @@ class Watch(Iterator[WatchEvent], Forkable):
                     if self._closed.is_set():
                         raise StopIteration
                     self._step()
-                return self._core.pop()
+                event = self._core.pop()
+                if not isinstance(event, LeaseChanged):
+                    self._driver.mirror.shown(event.key, event.revision)
+                return event
             finally:
                 self._stepping = False
 

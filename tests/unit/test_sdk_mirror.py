@@ -261,6 +261,23 @@ def test_it_never_goes_back_behind_a_read_that_found_no_session() -> None:
     assert near.holds("a") is None
 
 
+def test_it_never_goes_back_behind_a_listing_or_a_watch() -> None:
+    near = kept(1)
+    reply = pb.ListSessionsResponse(sessions=[session_pb2.Session(key="a", revision=6)])
+    near.mirror.heard(Rpc(ops.LIST, pb.ListSessionsRequest()), reply)
+    assert near.holds("a") is None
+    near.says(append("a", 5, 6, 1, 2))
+    assert near.holds("a") == (6, [1, 2])
+    near.mirror.shown("a", 6)
+    assert near.holds("a") == (6, [1, 2])
+    begun = near.mirror.marks
+    near.mirror.shown("b", 7)
+    near.offer("b", 6, marks=begun)  # an answer that was overtaken
+    assert near.holds("b") is None
+    near.mirror.shown("a", 0)
+    assert near.holds("a") is None
+
+
 def test_a_session_whose_time_is_over_is_not_served() -> None:
     near = kept(1)
     snapshot = near.mirror.near("a")

@@ -219,6 +219,26 @@ def test_a_turn_of_a_session_that_is_near_shows_what_was_stored_before_its_lease
             assert turn.catch_up().message_count == n + 4
 
 
+def test_what_a_watch_or_a_listing_has_shown_is_there(
+    shared_daemon: Daemon, open_store: Callable[..., Any], key: str
+) -> None:
+    store = open_store(shared_daemon.address, **PATIENT)
+    others = open_store(shared_daemon.address).session(key)
+    others.append({"n": 0})
+    with store.watch([key]) as events:
+        for n in range(1, 100):
+            store.session(key)
+            others.append({"n": n})
+            if n % 2:
+                seen = next(events).revision
+                if seen < others.revision:
+                    seen = next(events).revision
+            else:
+                (head,) = store.list(key)
+                seen = head.revision
+            assert store.session(key).revision >= seen == others.revision
+
+
 def test_a_session_that_expired_is_not_shown_again(
     shared_daemon: Daemon, open_store: Callable[..., Any], key: str
 ) -> None:
