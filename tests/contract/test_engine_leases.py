@@ -372,7 +372,7 @@ async def test_the_feed_has_what_became_of_leases(tmp_path: Path, monkeypatch: p
 async def test_a_watcher_is_told_of_a_lease_that_nobody_asked_for_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a checkpoint forgets has ended for watchers, too."""
+    """What the sweep forgets has ended for watchers, too."""
     clock = Clock(monkeypatch)
     engine = await open_jsonl(tmp_path)
     try:
@@ -380,7 +380,7 @@ async def test_a_watcher_is_told_of_a_lease_that_nobody_asked_for_again(
         lease = await acquire(engine, ttl_s=60.0)
         clock.steady_s = 61
         assert isinstance(engine, JsonlEngine)
-        await asyncio.to_thread(engine._maintenance.checkpoint)
+        await asyncio.to_thread(engine._maintenance.guarded_round)
         follower = await following.catch_up()
         told = [(each.fencing_token, ended) for _, _, each, ended in follower.order if each is not None]
         assert told == [(lease.token, False), (lease.token, True)]

@@ -1312,8 +1312,8 @@ class LeaseChanged(google.protobuf.message.Message):
     LEASE_FIELD_NUMBER: builtins.int
     ENDED_FIELD_NUMBER: builtins.int
     ended: builtins.bool
-    """ended tells that it was released, or found to have run out: that comes with the next thing that a lease would have
-    prevented, or later; `remaining` tells when to expect it.
+    """ended tells that it was released, or ran out: that comes within a checkpoint interval of the daemon (5 seconds), or
+    with the next thing that the lease would have prevented.
     """
     @property
     def lease(self) -> global___Lease:
