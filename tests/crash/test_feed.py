@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from contract.test_engine_watch import agrees
 from crash.by_hand import BY_HAND, A, B, C, crashed, opened, quiet, round_of, says
-from crash.disks import PASSED, journal_of
+from crash.disks import PASSED, FullDisk, journal_of
 from crash.test_edited_files import add, file_of
 from engines import Clock, done, lines
 from followers import Follower, Following
@@ -256,3 +256,41 @@ async def test_a_full_disk_puts_maintenance_off_and_ends_nothing(tmp_path: Path,
 
 def _no_room() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+async def test_a_disk_that_is_nearly_full_keeps_nothing_for_watchers(tmp_path: Path) -> None:
+    """Deletions need the room. Who watches goes on; who comes with an old cursor is told."""
+    disk = FullDisk()
+    async with opened(tmp_path, disk=disk) as engine:
+        cursor = engine.cursor()
+        following = Following(engine, Follower(cursor=cursor))
+        for _ in range(10):
+            await done(engine, Append("k", [b'{"m": "%s"}' % (b"x" * 20_000)]))
+        await pruned(engine)
+        assert engine._vault.feed_bytes > 200_000
+        assert not await reason(engine, cursor)
+        await following.catch_up()
+        disk.room = 2 * engine._tuning.reserve_bytes - 1
+        await done(engine, Append("k", [A]))
+        await pruned(engine)
+        assert engine._vault.feed_bytes == 0
+        await agrees(engine, await following.catch_up())
+        await following.close()
+        assert await reason(engine, cursor) == "CURSOR_EXPIRED"
+
+
+async def test_a_log_that_does_not_fit_is_not_moved(tmp_path: Path) -> None:
+    """SQLite would take what room there is, and then find out: deletions need it."""
+    disk, database = FullDisk(), tmp_path / "journal.db"
+    async with opened(tmp_path, disk=disk) as engine:
+        for _ in range(10):
+            await done(engine, Append("k", [b'{"m": "%s"}' % (b"x" * 20_000)]))
+        await done(engine, Append("gone", [A]))
+        before = database.stat().st_size
+        disk.room = 50_000
+        await pruned(engine)
+        assert database.stat().st_size == before
+        await done(engine, Delete("gone"))
+        disk.room = None
+        await pruned(engine)
+        assert database.stat().st_size > before + 200_000

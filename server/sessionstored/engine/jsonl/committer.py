@@ -45,6 +45,9 @@ NEEDS_NO_ROOM = (Delete, Expire, Release, Renew)
 """What is decided also while the disk is full, or too much waits for the session files."""
 
 
+_SPARE_BYTES_MIN = 4 << 20
+
+
 class StaleFork(Exception):
     """The source changed since the fork's file was written: write it again."""
 
@@ -275,6 +278,18 @@ class Committer:
     def is_full(self, size: int) -> bool:
         """Whether there is no room for so many bytes beside the reserve."""
         return self._vault.free_bytes() < self._reserve_bytes + size
+
+    def is_nearly_full(self) -> bool:
+        """Whether there is so little room that nothing is to be kept that somebody can do without."""
+        return self.is_full(max(self._reserve_bytes, _SPARE_BYTES_MIN))
+
+    def log_fits(self) -> bool:
+        """Whether the log can be moved into the database. On this thread.
+
+        If it does not fit, SQLite takes what room there is before it finds out: that is kept for deletions.
+        """
+        vault = self._vault
+        return vault.free_bytes() >= vault.journal.growth_bytes()
 
     def full(self) -> Refusal:
         """The refusal for a full disk."""

@@ -20,11 +20,14 @@ _TRIES = 3
 def erase(vault: Vault, committer: Committer) -> None:
     """Take the next step towards nothing being left, if something has to be erased.
 
-    What cannot be done now, because rows are still needed or a backup reads the log, is done by a later call.
+    What cannot be done now, because rows are still needed, a backup reads the log, or the disk is full, is
+    done by a later call.
     """
     before_s = vault.clock_s() - vault.limits.window_age_max_s - FORGET_SLACK_S
     if _old_windows(vault, before_s):
         committer.run(lambda: _forget_windows(vault, before_s), fatal=True).result()
+    if not committer.run(committer.log_fits, fatal=True).result():
+        return
     for _ in range(_TRIES):  # somebody may just read: the log cannot be emptied under a reader
         if vault.erasing is None:
             return

@@ -25,7 +25,7 @@ from sessionstored.engine.jsonl.records import (
 from sessionstored.engine.jsonl.tables import is_whole
 
 _ROWS_PER_STEP = 2000
-_BYTES_PER_STEP = 1 << 20
+BYTES_PER_STEP = 1 << 20
 """So many rows and bytes go in one transaction: they are overwritten, and commits wait meanwhile."""
 
 
@@ -68,10 +68,13 @@ def size(db: apsw.Connection, through: int) -> int:
     return _int(found[0])
 
 
-def prune(db: apsw.Connection, through: int, before_s: float, excess: int) -> tuple[int, int] | None:
+def prune(
+    db: apsw.Connection, through: int, before_s: float, excess: int, step_bytes: int
+) -> tuple[int, int] | None:
     """Drop the oldest rows up to `through`: those from before a time, and as many as have `excess` bytes.
 
-    In a transaction, which also writes the first of what is returned as `feed_floor`.
+    About `step_bytes` at once. In a transaction, which also writes the first of what is returned as
+    `feed_floor`.
 
     Returns:
         The last row that went, and how many bytes; None if nothing is left to do.
@@ -82,7 +85,7 @@ def prune(db: apsw.Connection, through: int, before_s: float, excess: int) -> tu
         "SELECT id, clock_s, length(body) FROM journal WHERE id <= ? ORDER BY id LIMIT ?",
         (through, _ROWS_PER_STEP),
     ):
-        if (float(str(clock_s)) >= before_s and freed >= excess) or freed >= _BYTES_PER_STEP:
+        if (float(str(clock_s)) >= before_s and freed >= excess) or freed >= step_bytes:
             break
         floor, freed = _int(row_id), freed + _int(body_bytes)
     if not floor:

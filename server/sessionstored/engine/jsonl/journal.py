@@ -260,10 +260,12 @@ class Journal:
         """How many bytes of rows are kept for watchers only."""
         return feeding.size(self._db, through)
 
-    def prune_feed(self, through: int, before_s: float, excess: int) -> tuple[int, int] | None:
+    def prune_feed(
+        self, through: int, before_s: float, excess: int, step_bytes: int = feeding.BYTES_PER_STEP
+    ) -> tuple[int, int] | None:
         """Drop some rows that only watchers need; see `feeding.prune`."""
         with self.transaction():
-            pruned = feeding.prune(self._db, through, before_s, excess)
+            pruned = feeding.prune(self._db, through, before_s, excess, step_bytes)
             if pruned is not None:
                 self._put_meta("feed_floor", pruned[0])
             return pruned
@@ -367,6 +369,11 @@ class Journal:
         finally:
             self._db.set_busy_timeout(_BUSY_MS)
         return True
+
+    def growth_bytes(self) -> int:
+        """How much longer the database becomes when its log is moved into it."""
+        bytes_then = int(str(self._db.pragma("page_count"))) * int(str(self._db.pragma("page_size")))
+        return max(0, bytes_then - os.stat(self._path).st_size)
 
     def close(self) -> None:
         """Close. After its readers."""

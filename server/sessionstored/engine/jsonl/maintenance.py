@@ -25,6 +25,7 @@ from sessionstored.engine.jsonl.committer import Committer, is_disk_full
 from sessionstored.engine.jsonl.damage import condemn
 from sessionstored.engine.jsonl.erasure import erase
 from sessionstored.engine.jsonl.expiring import Expiring
+from sessionstored.engine.jsonl.feeding import BYTES_PER_STEP
 from sessionstored.engine.jsonl.files import FileChanged, Region
 from sessionstored.engine.jsonl.state import File, State
 from sessionstored.engine.jsonl.vault import Vault
@@ -40,6 +41,7 @@ _ANSWERS_PER_TRANSACTION = 2000
 _WAL_BYTES_MAX = 64 << 20
 _SWEEP_ROWS = 1000
 _STEPS_PER_LOG = 4
+_SCARCE_STEP_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,6 +413,8 @@ class Maintenance:
     def _shorten_wal(self) -> None:
         """Move the write-ahead log into the database: most of it beside the committer, the rest within."""
         vault = self._vault
+        if not self._do(self._committer.log_fits):
+            return  # when there is room
         vault.reading(lambda reader: reader.wal_checkpoint_passive())
         if vault.wal_bytes() > _WAL_BYTES_MAX:  # nobody here may read meanwhile, and others may: then later
             vault.reading(lambda _: self._do(vault.journal.wal_checkpoint))
@@ -418,8 +422,18 @@ class Maintenance:
     # The feed.
 
     def _prune_feed(self) -> None:
-        """Drop rows that are kept for watchers only, and are too old or too many."""
+        """Drop rows that are kept for watchers only, and are too old or too many.
+
+        On a disk that is nearly full none is kept: what they take is needed for deletions. They go in small
+        steps then, because what is overwritten goes through the log first.
+        """
         vault, limits = self._vault, self._feed_limits
+        scarce = self._committer.is_nearly_full()
+        if not self._do(self._committer.log_fits):
+            return  # what is overwritten would only make the log longer
+        bytes_max = 0 if scarce else limits.bytes_max
+        step_bytes = _SCARCE_STEP_BYTES if scarce else BYTES_PER_STEP
+        steps_per_log = 1 if scarce else _STEPS_PER_LOG
 
         def step() -> bool:
             if not vault.feed_bytes:
@@ -427,7 +441,8 @@ class Maintenance:
             pruned = vault.journal.prune_feed(
                 vault.checkpoint_row,
                 vault.clock_s() - limits.age_s_max,
-                vault.feed_bytes - limits.bytes_max,
+                vault.feed_bytes - bytes_max,
+                step_bytes,
             )
             vault.feed_bytes -= pruned[1] if pruned else 0
             return pruned is not None
@@ -435,7 +450,7 @@ class Maintenance:
         steps = 0
         while self._do(step) and not self._stop.is_set():
             steps += 1
-            if steps % _STEPS_PER_LOG == 0:  # else the log would take as much room as the rows
+            if steps % steps_per_log == 0:  # else the log would take as much room as the rows
                 vault.reading(lambda reader: reader.wal_checkpoint_passive())
 
     # Sweeping.
