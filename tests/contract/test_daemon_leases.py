@@ -296,7 +296,7 @@ def test_a_lease_of_a_machine_with_other_clocks_is_kept_too(make_daemon: Callabl
         now = lease_of(daemon.stub, "k")
         assert now.fencing_token == lease.fencing_token
         assert 0 < now.remaining.ToTimedelta().total_seconds() <= 600
-        assert refusal(lambda: append(daemon.stub, "k")).reason == "LEASE_HELD"  # noqa: B023
+        assert refusal(lambda stub=daemon.stub: append(stub, "k")).reason == "LEASE_HELD"
         append(daemon.stub, "k", lease.fencing_token)
         daemon.kill()
 
